@@ -1,0 +1,110 @@
+"""Embeddings on disk: one safetensors file a shard set and encoder.
+
+``features`` is [N, D]; every other tensor is one column, row for row: numbers as they are, strings as zero-padded
+UTF-8 of shape [N, width], uint8. The metadata carry the encoder's fingerprint. Never a file a tile.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from eosin.data_tools.errors import UserError
+from eosin.data_tools.files import atomic_path
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA = "1"
+
+
+@dataclass
+class Embeddings:
+    """Features and what is known of each row.
+
+    Attributes:
+        features: [N, D], float32 or float16.
+        table: N rows; at least key, slide, x, y and mpp.
+        encoder: the fingerprint: name, weights' sha256, preprocessing, normalizer, pooling.
+        path: where it was read from, None before it is written.
+    """
+
+    features: np.ndarray
+    table: pd.DataFrame
+    encoder: dict[str, Any]
+    path: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """The encoder's name, for tables and plots."""
+        return self.encoder["name"]
+
+
+def write_embeddings(path: Path | str, embeddings: Embeddings) -> None:
+    """Write embeddings to ``path``, atomically."""
+    from safetensors.numpy import save_file
+
+    if len(embeddings.features) != len(embeddings.table):
+        raise ValueError(f"{len(embeddings.features)} features for {len(embeddings.table)} rows")
+    tensors = {"features": np.ascontiguousarray(embeddings.features)}
+    strings = []
+    for column in embeddings.table.columns:
+        values = embeddings.table[column]
+        if values.dtype.kind in "biuf":
+            tensors[f"column/{column}"] = np.ascontiguousarray(values.to_numpy())
+        else:
+            strings.append(column)
+            tensors[f"column/{column}"] = _encode(["" if v is None or v != v else str(v) for v in values])
+    metadata = {
+        "schema": SCHEMA,
+        "kind": "eosin embeddings",
+        "encoder": json.dumps(embeddings.encoder, sort_keys=True),
+        "columns": json.dumps(list(map(str, embeddings.table.columns))),
+        "strings": json.dumps(strings),
+    }
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+def read_embeddings(path: Path | str) -> Embeddings:
+    """Read embeddings from ``path``.
+
+    Raises UserError when the file is missing, is no embeddings file, or is of another schema version.
+    """
+    import pandas as pd
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; make it with 'eosin embed ENCODER SHARDS --out {path}'")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("kind") != "eosin embeddings" or metadata.get("schema") != SCHEMA:
+                raise UserError(f"{path} is not an embeddings file of schema {SCHEMA}; make it with 'eosin embed'")
+            strings = set(json.loads(metadata["strings"]))
+            columns = {
+                name: _decode(file.get_tensor(f"column/{name}"))
+                if name in strings
+                else file.get_tensor(f"column/{name}")
+                for name in json.loads(metadata["columns"])
+            }
+            features = file.get_tensor("features")
+    except SafetensorError as error:
+        raise UserError(f"{path} is not readable as safetensors: {error}") from None
+    return Embeddings(features, pd.DataFrame(columns), json.loads(metadata["encoder"]), path)
+
+
+def _encode(values: list[str]) -> np.ndarray:
+    encoded = np.array([v.encode() for v in values], dtype=bytes)
+    width = max(encoded.dtype.itemsize, 1)
+    return encoded.astype(f"S{width}").view(np.uint8).reshape(len(values), width)  # [N, width]
+
+
+def _decode(rows: np.ndarray) -> list[str]:
+    width = rows.shape[1]
+    return [v.decode() for v in np.ascontiguousarray(rows).view(f"S{width}").ravel()]

@@ -1,0 +1,122 @@
+"""Writing files so that a kill at any moment leaves the old state or the new one, never half of either."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from eosin.data_tools.errors import UserError
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success it is synced and renamed to ``path``, else removed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix stays, since many writers choose a format by it.
+    temporary = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_dir(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path``; on success it is synced and renamed to ``path``, else removed.
+
+    Raises UserError when ``path`` is a file or a folder that is not empty.
+    """
+    path = Path(path)
+    refuse_occupied(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
+            sync(file)
+        if path.exists():
+            path.rmdir()
+        temporary.rename(path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_occupied(path: Path) -> None:
+    """Raise UserError when ``path`` is a file or a folder that is not empty."""
+    if path.is_file():
+        raise UserError(f"{path} is a file; give the path of a new folder")
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(f"{path} already holds something else; give a new folder, or remove it first")
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a folder's entries to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically. NaN and infinity are refused, as JSON has neither."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path | str, what: str) -> dict[str, Any]:
+    """Read a JSON object; ``what`` names it in the one-line error raised when it is absent or broken."""
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; expected {what}") from None
+    except (NotADirectoryError, IsADirectoryError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is not readable as {what}: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not {what}: a JSON object was expected")
+    return value
+
+
+def read_csv(path: Path | str, required: list[str]) -> list[dict[str, str]]:
+    """Read a CSV with a header as rows of strings; every column of ``required`` must be there.
+
+    Raises UserError for a missing file, a missing column or a ragged row.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; expected a CSV file")
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            header = list(reader.fieldnames or [])
+            rows = list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is not readable as a CSV file in UTF-8: {error}") from None
+    for column in required:
+        if column not in header:
+            raise UserError(f"{path} has no column '{column}'; its columns are: {', '.join(header) or 'none'}")
+    for number, row in enumerate(rows, start=2):
+        if None in row or None in row.values():
+            raise UserError(f"{path} line {number} does not have the header's {len(header)} fields")
+    return rows
+
+
+def sha256(path: Path | str) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

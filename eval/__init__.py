@@ -1,0 +1,1 @@
+"""Encoders, embeddings, probes, statistics and the report: what a checkpoint has learned."""

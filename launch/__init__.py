@@ -1,0 +1,1 @@
+"""The ``eosin`` command line, its launchers, and the release of a model."""
