@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 15.0
 
 
-def progress(items: Iterable[T], *, total: int, desc: str, unit: str, start: int = 0) -> Iterator[T]:
+def progress(
+    items: Iterable[T],
+    *,
+    total: int,
+    desc: str,
+    unit: str,
+    start: int = 0,
+    status: Callable[[], str] = str,
+) -> Iterator[T]:
     """Iterate over ``items`` and show how far it is.
 
     Args:
         total: number of items when all is done, ``start`` included.
         start: items that an earlier run had done already.
+        status: called for a few words to show beside the rate, e.g. the current loss.
     """
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        yield from tqdm(items, total=total, initial=start, desc=desc, unit=f" {unit}", dynamic_ncols=True)
+        bar = tqdm(items, total=total, initial=start, desc=desc, unit=f" {unit}", dynamic_ncols=True)
+        for item in bar:
+            yield item
+            bar.set_postfix_str(status(), refresh=False)
         return
     began = said = time.monotonic()
     done = start
@@ -33,7 +45,8 @@ def progress(items: Iterable[T], *, total: int, desc: str, unit: str, start: int
             said = now
             rate = (done - start) / max(now - began, 1e-9)
             left = (total - done) / max(rate, 1e-9)
-            print(f"{desc}: {done}/{total} {unit}, {rate:.3g} {unit}/s, {_clock(left)} left", file=sys.stderr)
+            parts = [f"{done}/{total} {unit}", f"{rate:.3g} {unit}/s", f"{_clock(left)} left", status()]
+            print(f"{desc}: {', '.join(filter(None, parts))}", file=sys.stderr, flush=True)
 
 
 def _clock(seconds: float) -> str:

@@ -1,0 +1,207 @@
+"""Multi-crop augmentation, batched on the training device; the same lines run on CPU and GPU.
+
+Every draw is a hash of (seed, the sample's position in the stream, view, purpose), so a sample's crops do not depend
+on its neighbors, the worker or the rank. Cropping, resizing, flips and 90° turns are two matrix products a sample:
+each output row is a weighted sum of input rows, so crops of any box are one batch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from eosin.data_tools.draws import hash32, purpose, uniform
+from eosin.ssl.config import Augment, Config
+from eosin.ssl.stain.jitter import hed_jitter
+
+TRIES = 10  # as torchvision.transforms.RandomResizedCrop
+ASPECT = (3 / 4, 4 / 3)
+GRAY = (0.299, 0.587, 0.114)  # ITU-R 601-2 luma, as torchvision
+
+
+def multi_crop(
+    images: torch.Tensor, positions: torch.Tensor, he: torch.Tensor, config: Config
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All crops of a batch of tiles.
+
+    Args:
+        images: [B, 3, T, T] uint8.
+        positions: [B] int64, each sample's place in the stream.
+        he: [B] bool, whether the tile is H&E; H&E-only operations are off where False.
+
+    Returns:
+        Global crops [2, B, 3, G, G] and local crops [L, B, 3, S, S], float32, normalized by mean and std.
+    """
+    crops = config.crops
+    globals_ = _views(images, positions, he, config, [0, 1], crops.global_size, crops.global_scale)
+    locals_ = _views(
+        images,
+        positions,
+        he,
+        config,
+        list(range(2, 2 + crops.local_count)),
+        crops.local_size,
+        crops.local_scale,
+    )
+    return globals_, locals_
+
+
+def standardize(images: torch.Tensor, mean: list[float], std: list[float]) -> torch.Tensor:
+    """``(images - mean) / std`` for float images [..., 3, H, W] in [0, 1]."""
+    shape = (3, 1, 1)
+    return (images - images.new_tensor(mean).view(shape)) / images.new_tensor(std).view(shape)
+
+
+def crop_boxes(keys: torch.Tensor, side: int, scale: list[float]) -> torch.Tensor:
+    """Boxes of RandomResizedCrop, [N, 4] int64 (top, left, height, width), one for each key of [N].
+
+    The first of ten drawn (area, aspect) pairs that fits is taken, else the whole image, as in torchvision.
+    """
+    tries = torch.arange(TRIES, device=keys.device)
+    key = keys.unsqueeze(1)
+    area = side * side * (scale[0] + (scale[1] - scale[0]) * uniform(key, tries, purpose("crop area")))
+    low, high = math.log(ASPECT[0]), math.log(ASPECT[1])
+    aspect = torch.exp(low + (high - low) * uniform(key, tries, purpose("crop aspect")))
+    width = torch.sqrt(area * aspect).round().long()
+    height = torch.sqrt(area / aspect).round().long()
+    fits = (width > 0) & (width <= side) & (height > 0) & (height <= side)
+    first = fits.long().argmax(dim=1, keepdim=True)  # 0 when none fits
+    found = fits.any(dim=1)
+    height = torch.where(found, height.gather(1, first).squeeze(1), side)
+    width = torch.where(found, width.gather(1, first).squeeze(1), side)
+    top = (uniform(keys, purpose("crop top")) * (side - height + 1)).long()
+    left = (uniform(keys, purpose("crop left")) * (side - width + 1)).long()
+    return torch.stack([top, left, height, width], dim=1)
+
+
+def resize_weights(start: torch.Tensor, length: torch.Tensor, side: int, size: int) -> torch.Tensor:
+    """Weights that crop ``[start, start + length)`` of ``side`` pixels and resize it to ``size``, [N, size, side].
+
+    Antialiased bicubic with a = -0.5, the filter of Pillow and of ``torchvision...resize(antialias=True)``.
+    """
+    start, length = (t.view(-1, 1, 1).float() for t in (start, length))
+    scale = length / size
+    support = scale.clamp(min=1)
+    out = torch.arange(size, device=start.device).view(1, -1, 1)
+    pixel = torch.arange(side, device=start.device).view(1, 1, -1)
+    center = start + (out + 0.5) * scale
+    distance = ((pixel + 0.5 - center) / support).abs()
+    weights = _cubic(distance) * ((pixel >= start) & (pixel < start + length))
+    return weights / weights.sum(dim=2, keepdim=True)
+
+
+def _views(
+    images: torch.Tensor,
+    positions: torch.Tensor,
+    he: torch.Tensor,
+    config: Config,
+    views: list[int],
+    size: int,
+    scale: list[float],
+) -> torch.Tensor:
+    """Crops of the numbered views, [V, B, 3, size, size]."""
+    if not views:
+        return torch.zeros(0, len(images), 3, size, size, device=images.device)
+    count, batch, side = len(views), len(images), images.shape[-1]
+    view = torch.tensor(views, device=images.device)
+    keys = hash32(positions.unsqueeze(1), view, config.run.seed, purpose("augment")).flatten()  # [B·V]
+    augment = config.augment
+
+    boxes = crop_boxes(keys, side, scale)
+    rows = resize_weights(boxes[:, 0], boxes[:, 2], side, size)  # [B·V, S, T]
+    columns = resize_weights(boxes[:, 1], boxes[:, 3], side, size)
+    if augment.flips:
+        rows = _where(uniform(keys, purpose("flip rows")) < 0.5, rows.flip(1), rows)
+        columns = _where(uniform(keys, purpose("flip columns")) < 0.5, columns.flip(1), columns)
+    # Rows for all views and channels at once, [B, V·S, T] @ [B, T, 3·T]; then columns.
+    pixels = images.permute(0, 2, 1, 3).reshape(batch, side, 3 * side).float().div_(255)
+    out = rows.view(batch, count * size, side) @ pixels
+    out = out.view(batch * count, size * 3, side) @ columns.transpose(1, 2)
+    out = out.view(batch * count, size, 3, size).transpose(1, 2).clamp(0, 1)
+    if augment.rotate90:  # with both flips, a transposition reaches all eight symmetries of a square
+        out = _where(uniform(keys, purpose("transpose")) < 0.5, out.transpose(2, 3), out)
+
+    if config.stain.augment == "hed":
+        out = hed_jitter(out, keys, config.stain.hed_sigma, he.repeat_interleave(count))
+    out = _color(out, keys, augment)
+    blur = torch.tensor([augment.blur[min(v, 2)] for v in views], device=out.device).repeat(batch)
+    out = _blur(out, keys, blur, augment.blur_sigma)
+    if augment.solarize and 1 in views:
+        chosen = (view.repeat(batch) == 1) & (uniform(keys, purpose("solarize")) < augment.solarize)
+        out = _where(chosen, torch.where(out >= 0.5, 1 - out, out), out)
+    out = standardize(out, augment.mean, augment.std)
+    return out.view(batch, count, 3, size, size).transpose(0, 1)
+
+
+def _color(images: torch.Tensor, keys: torch.Tensor, augment: Augment) -> torch.Tensor:
+    """Brightness, contrast, saturation, hue (each crop with probability ``jitter``), then gray."""
+    chosen = uniform(keys, purpose("jitter")) < augment.jitter
+
+    def factor(name: str, strength: float) -> torch.Tensor:
+        drawn = 1 + strength * (2 * uniform(keys, purpose(name)) - 1)
+        return drawn.clamp(min=0).view(-1, 1, 1, 1)
+
+    out = (images * factor("brightness", augment.brightness)).clamp(0, 1)
+    mean = _gray(out).mean(dim=(2, 3), keepdim=True)
+    out = (mean + (out - mean) * factor("contrast", augment.contrast)).clamp(0, 1)
+    gray = _gray(out)
+    out = (gray + (out - gray) * factor("saturation", augment.saturation)).clamp(0, 1)
+    if augment.hue:
+        turn = augment.hue * (2 * uniform(keys, purpose("hue")) - 1)
+        out = _hue(out, turn.view(-1, 1, 1))
+    out = _where(chosen, out, images)
+    return _where(uniform(keys, purpose("gray")) < augment.gray, _gray(out).expand_as(out), out)
+
+
+def _gray(images: torch.Tensor) -> torch.Tensor:
+    weights = images.new_tensor(GRAY).view(1, 3, 1, 1)
+    return (images * weights).sum(dim=1, keepdim=True)
+
+
+def _hue(images: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    """Turn the hue of RGB images in [0, 1] by ``turn`` (in turns) through HSV, as torchvision does."""
+    red, green, blue = images.unbind(1)
+    value, minimum = images.amax(dim=1), images.amin(dim=1)
+    chroma = value - minimum
+    safe = torch.where(chroma == 0, 1.0, chroma)
+    hue = torch.where(
+        value == red,
+        (green - blue) / safe,
+        torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
+    )
+    hue = hue / 6 + turn  # the sign and whole turns vanish in the next line
+    channels = []
+    for offset in (5, 3, 1):
+        k = (offset + hue * 6) % 6
+        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
+    return torch.stack(channels, dim=1)
+
+
+def _blur(images: torch.Tensor, keys: torch.Tensor, probability: torch.Tensor, sigma: list[float]) -> torch.Tensor:
+    """Gaussian blur of 9 taps with reflected borders, as two products with banded matrices."""
+    size = images.shape[-1]
+    chosen = uniform(keys, purpose("blur")) < probability
+    sigmas = (sigma[0] + (sigma[1] - sigma[0]) * uniform(keys, purpose("sigma"))).view(-1, 1, 1)
+    taps = torch.arange(-4, 5, device=images.device)
+    kernel = torch.exp(-0.5 * (taps / sigmas) ** 2)  # [N, 1, 9]
+    kernel = kernel / kernel.sum(dim=2, keepdim=True)
+    # Not blurred is the kernel of one tap, so that every crop takes the same path.
+    kernel = torch.where(chosen.view(-1, 1, 1), kernel, (taps == 0).float())
+    source = (torch.arange(size, device=images.device).unsqueeze(1) + taps).abs()
+    source = torch.where(source >= size, 2 * (size - 1) - source, source)  # [size, 9]
+    band = torch.zeros(len(images), size, size, device=images.device)
+    band.scatter_add_(2, source.expand(len(images), -1, -1), kernel.expand(-1, size, -1).contiguous())
+    return band.unsqueeze(1) @ images @ band.transpose(1, 2).unsqueeze(1)
+
+
+def _cubic(distance: torch.Tensor) -> torch.Tensor:
+    a = -0.5
+    near = ((a + 2) * distance - (a + 3)) * distance * distance + 1
+    far = ((distance - 5) * distance + 8) * distance * a - 4 * a
+    return torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
+
+
+def _where(chosen: torch.Tensor, yes: torch.Tensor, no: torch.Tensor) -> torch.Tensor:
+    """Choose a whole sample by ``chosen``, [N]."""
+    return torch.where(chosen.view(-1, *[1] * (no.dim() - 1)), yes, no)

@@ -1,0 +1,274 @@
+"""A run's configuration: YAML recipes with ``base:``, dotted overrides, and strict validation.
+
+OmegaConf loads and merges, pydantic validates. Every mistake is one line that names the key, what was given and what
+is valid.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from eosin import configs
+from eosin.data_tools.errors import UserError, nearest
+from eosin.data_tools.files import atomic_path
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Range = Annotated[list[float], Field(min_length=2, max_length=2)]
+RGB = Annotated[list[float], Field(min_length=3, max_length=3)]
+
+
+class Section(BaseModel):
+    """A part of the configuration; unknown keys and loose types are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Model(Section):
+    """The backbone: a timm VisionTransformer."""
+
+    architecture: str = "vit_small_patch16_224"
+    args: dict[str, Any] = {}  # further arguments of timm's VisionTransformer, e.g. {reg_tokens: 4, depth: 6}
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0  # the same rate in every block
+
+
+class Crops(Section):
+    """Multi-crop: sizes in pixels, scales as fractions of the tile's area."""
+
+    global_size: Count = 224
+    global_scale: Range = [0.32, 1.0]
+    local_size: Count = 96
+    local_scale: Range = [0.05, 0.32]
+    local_count: Annotated[int, Field(ge=0)] = 8
+
+
+class Augment(Section):
+    """Batched augmentation on the training device; probabilities are per crop."""
+
+    flips: bool = True
+    rotate90: bool = True
+    jitter: Probability = 0.8
+    brightness: NonNegative = 0.4
+    contrast: NonNegative = 0.4
+    saturation: NonNegative = 0.2
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    gray: Probability = 0.2
+    blur: list[Probability] = Field([1.0, 0.1, 0.5], min_length=3, max_length=3)  # global 1, global 2, local
+    blur_sigma: Range = [0.1, 2.0]
+    solarize: Probability = 0.0  # of the second global crop
+    mean: RGB = [0.485, 0.456, 0.406]
+    std: RGB = [0.229, 0.224, 0.225]
+
+
+class Stain(Section):
+    """Stain operations in optical density; they switch off for slides that are not H&E."""
+
+    # YAML reads a bare `off` as false.
+    normalize: Annotated[Literal["off", "tile", "slide"], BeforeValidator(lambda v: "off" if v is False else v)] = "off"
+    augment: Literal["none", "hed"] = "none"
+    hed_sigma: NonNegative = 0.05
+
+
+class Objective(Section):
+    """DINO on crops, iBOT on masked patches, KoLeo on the student's class tokens."""
+
+    dino: NonNegative = 1.0
+    ibot: NonNegative = 1.0
+    koleo: NonNegative = 0.1
+    prototypes: Count = 65536
+    hidden: Count = 2048
+    bottleneck: Count = 256
+    tied_heads: bool = True
+    targets: Literal["sinkhorn", "centering"] = "sinkhorn"
+    student_temperature: Positive = 0.1
+    teacher_temperature: Range = [0.04, 0.07]
+    teacher_temperature_warmup: Annotated[int, Field(ge=0)] = 0  # steps
+    mask_probability: Probability = 0.5
+    mask_ratio: Range = [0.1, 0.5]
+    momentum: Range = [0.992, 1.0]  # of the EMA teacher, cosine over the run
+
+
+class Optim(Section):
+    """AdamW; the learning rate is ``lr`` times the scaling of the batch against 1,024."""
+
+    lr: Positive = 4e-3
+    scaling: Literal["sqrt", "linear", "none"] = "sqrt"
+    warmup: Annotated[int, Field(ge=0)] = 0  # steps
+    final_lr: NonNegative = 1e-6
+    weight_decay: Range = [0.04, 0.4]
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    patch_embed_lr: Positive = 0.2
+    freeze_last_layer: Annotated[int, Field(ge=0)] = 0  # steps
+    clip: Positive = 3.0
+    betas: Range = [0.9, 0.999]
+
+
+class Data(Section):
+    """What is streamed."""
+
+    shards: Annotated[str, Field(min_length=1)]  # folder of a shard set
+    batch: Count = 1024  # samples in a global batch, over all processes
+    workers: Annotated[int, Field(ge=0)] = 4  # decoding processes a rank
+
+
+class Run(Section):
+    """Length, place and bookkeeping of the run."""
+
+    dir: Annotated[str, Field(min_length=1)]
+    steps: Count = 125_000
+    seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    compile: bool = False
+    log_every: Count = 10
+    checkpoint_every: Count = 1000
+    keep: Count = 2  # newest checkpoints kept
+
+
+class Config(Section):
+    """Everything a run depends on."""
+
+    model: Model = Model()
+    crops: Crops = Crops()
+    augment: Augment = Augment()
+    stain: Stain = Stain()
+    objective: Objective = Objective()
+    optim: Optim = Optim()
+    data: Data
+    run: Run
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Config:
+        patch = patch_size(self.model)
+        for key in ("global_size", "local_size"):
+            size = getattr(self.crops, key)
+            if size % patch and not (key == "local_size" and self.crops.local_count == 0):
+                below = max(size // patch, 1) * patch
+                raise ValueError(
+                    f"crops.{key}: {size} is not a multiple of the patch size {patch} of {self.model.architecture}; "
+                    f"the nearest that are: {below}, {below + patch}"
+                )
+        for section, key in [
+            ("crops", "global_scale"),
+            ("crops", "local_scale"),
+            ("augment", "blur_sigma"),
+            ("objective", "mask_ratio"),
+        ]:
+            low, high = getattr(getattr(self, section), key)
+            if not 0 < low <= high or (high > 1 and key != "blur_sigma"):
+                raise ValueError(f"{section}.{key}: [{low}, {high}] is not a range 0 < low <= high <= 1")
+        for section, key in [("optim", "warmup"), ("optim", "freeze_last_layer")]:
+            if getattr(getattr(self, section), key) > self.run.steps:
+                raise ValueError(f"{section}.{key}: is longer than the run's {self.run.steps} steps (run.steps)")
+        if self.objective.dino + self.objective.ibot == 0:
+            raise ValueError("objective.dino: 0 with objective.ibot 0 leaves nothing to learn; set one above 0")
+        return self
+
+
+def patch_size(model: Model) -> int:
+    """Patch size in pixels of the model's architecture, read from its arguments or timm's name for it."""
+    import re
+
+    if "patch_size" in model.args:
+        return int(model.args["patch_size"])
+    found = re.search(r"patch(\d+)", model.architecture)
+    if not model.architecture.startswith("vit_") or not found:
+        raise ValueError(f"model.architecture: '{model.architecture}' is not one of timm's vit_*_patch* names")
+    return int(found.group(1))
+
+
+def load_config(recipe: str, overrides: list[str]) -> Config:
+    """Load a recipe (a shipped name or a path of a YAML file), apply ``key.sub=value`` overrides, validate.
+
+    Raises UserError, in one line, for an unknown recipe, an unknown key, a wrong type or an impossible combination.
+    """
+    tree = _load_tree(_find(recipe), seen=())
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"'{override}' is not an override; write key.sub=value, e.g. run.steps=1000")
+    try:
+        tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(overrides))
+        values = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"the overrides cannot be applied to {recipe}: {str(error).splitlines()[0]}") from None
+    return _validate(values, recipe)
+
+
+def read_run_config(run: Path | str) -> Config:
+    """Read the resolved configuration of a run folder. Raises UserError when it holds none."""
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run} is not a run: it has no config.yaml; make one with 'eosin train'")
+    return _validate(OmegaConf.to_container(_load_yaml(path)), str(path))
+
+
+def write_config(path: Path, config: Config) -> None:
+    """Write the resolved configuration as YAML, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(config.model_dump())), encoding="utf-8")
+
+
+def _find(recipe: str) -> Path:
+    for path in (Path(recipe), configs.path(recipe)):
+        if path.suffix in (".yaml", ".yml") and path.is_file():
+            return path
+    raise UserError(f"there is no recipe '{recipe}'; give the path of a YAML file, or {_shipped(recipe)}")
+
+
+def _shipped(recipe: str) -> str:
+    return nearest(Path(recipe).stem, configs.names())
+
+
+def _load_tree(path: Path, seen: tuple[Path, ...]) -> DictConfig | ListConfig:
+    if path.resolve() in seen:
+        raise UserError(f"{path}: 'base:' leads back to the file itself; break the circle")
+    tree = _load_yaml(path)
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    beside = path.parent / f"{base}.yaml"
+    below = _load_tree(beside if beside.is_file() else _find(str(base)), (*seen, path.resolve()))
+    return OmegaConf.merge(below, tree)
+
+
+def _load_yaml(path: Path) -> DictConfig:
+    import yaml
+
+    try:
+        tree = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, DictConfig):
+        raise UserError(f"{path} does not hold a mapping of keys to values")
+    return tree
+
+
+def _validate(values: Any, source: str) -> Config:
+    for section in ("data", "run"):
+        values.setdefault(section, {})
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{source}: {_line(error.errors()[0])}") from None
+
+
+def _line(error: Any) -> str:
+    """One line for pydantic's first complaint: the key, what was given, what is valid."""
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        section: Any = Config
+        for part in error["loc"][:-1]:
+            section = section.model_fields[part].annotation
+        return f"there is no key '{key}'; {nearest(str(error['loc'][-1]), list(section.model_fields))}"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    if error["type"] in ("missing", "string_too_short"):
+        return f"{key} is not set; give it as {key}=VALUE"
+    return f"{key}: {error['input']!r} is not valid: {error['msg'][0].lower()}{error['msg'][1:]}"

@@ -1,0 +1,160 @@
+"""Student and teacher: a backbone and its projection heads as one module each, and the objective over both."""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from eosin.ssl import distributed
+from eosin.ssl.backbone import build_backbone, embed, packed_features
+from eosin.ssl.config import Config, Objective
+from eosin.ssl.losses.dino import dino_loss
+from eosin.ssl.losses.ibot import ibot_loss
+from eosin.ssl.losses.koleo import koleo_loss
+from eosin.ssl.losses.targets import centered, sinkhorn, update_center
+
+
+class Head(nn.Module):
+    """Projection head of DINO: three linear layers, L2 normalization, and unit-norm prototypes.
+
+    Caron et al. 2021, appendix C. The prototypes' norm is fixed at 1, as DINOv2 does.
+    """
+
+    def __init__(self, width: int, objective: Objective) -> None:
+        super().__init__()
+        hidden, bottleneck = objective.hidden, objective.bottleneck
+        self.mlp = nn.Sequential(
+            nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
+        )
+        self.prototypes = nn.Parameter(torch.empty(objective.prototypes, bottleneck))
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        nn.init.trunc_normal_(self.prototypes, std=0.02)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Scores [N, K] of features [N, D]: cosines with the prototypes."""
+        x = F.normalize(self.mlp(x).float(), dim=1, eps=1e-6)
+        return F.linear(x, F.normalize(self.prototypes.float(), dim=1))
+
+
+class Output(NamedTuple):
+    """What a network says of a batch.
+
+    Attributes:
+        cls_scores: [V, B, K] of the class tokens, global crops first.
+        patch_scores: [M, K] of the masked patches of global crops.
+        cls: [V, B, D] class tokens before the head.
+    """
+
+    cls_scores: torch.Tensor
+    patch_scores: torch.Tensor
+    cls: torch.Tensor
+
+
+class Network(nn.Module):
+    """Backbone and heads; ``forward`` does the packed pass, so that it can be wrapped whole."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.backbone = build_backbone(config, packed=True)
+        width = self.backbone.embed_dim
+        self.mask_token = nn.Parameter(torch.zeros(width))
+        self.dino_head = Head(width, config.objective)
+        # Tied heads are one module under one name, so that a checkpoint holds each weight once.
+        self.ibot_head = None if config.objective.tied_heads else Head(width, config.objective)
+
+    def forward(
+        self, crops: list[torch.Tensor], masks: torch.Tensor, keys: torch.Tensor, *, hide: bool, rate: float
+    ) -> Output:
+        """Run crops of several sizes.
+
+        Args:
+            crops: [V_i, B, 3, S_i, S_i] for each crop size, global crops first; empty groups are left out.
+            masks: [G·B, P] bool, the patches of global crops that iBOT compares.
+            keys: [B] int64, the samples' places in the stream.
+            hide: replace masked patches by the mask token (the student) or only look at them (the teacher).
+            rate: drop path rate.
+        """
+        crops = [c for c in crops if len(c)]
+        tokens = [
+            embed(self.backbone, group.flatten(0, 1), masks if hide and i == 0 else None, self.mask_token)
+            for i, group in enumerate(crops)
+        ]
+        views = torch.arange(sum(len(c) for c in crops), device=keys.device)
+        crop_keys = (keys + (views.unsqueeze(1) << 40)).flatten()  # positions stay below 2^40
+        features = packed_features(self.backbone, tokens, crop_keys, rate)
+        batch = crops[0].shape[1]
+        cls = torch.cat([f[:, 0] for f in features])  # [V·B, D]
+        patches = features[0][:, self.backbone.num_prefix_tokens :][masks]  # [M, D]
+        return Output(
+            self.dino_head(cls).view(-1, batch, len(self.dino_head.prototypes)),
+            (self.ibot_head or self.dino_head)(patches),
+            cls.view(-1, batch, cls.shape[1]),
+        )
+
+
+class StudentTeacher(nn.Module):
+    """A student network and its exponential moving average, with the objective between them."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.student = Network(config)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        for name in ("dino", "ibot"):
+            self.register_buffer(f"{name}_center", torch.zeros(config.objective.prototypes))
+
+    def losses(
+        self,
+        student: nn.Module,
+        crops: list[torch.Tensor],
+        masks: torch.Tensor,
+        keys: torch.Tensor,
+        teacher_temperature: float,
+    ) -> dict[str, torch.Tensor]:
+        """The objective's terms, unweighted, and measures for monitoring.
+
+        Args:
+            student: ``self.student`` or what wraps it for distributed training.
+            crops: global and local crops as in :meth:`Network.forward`.
+            masks: [2, B, P] bool.
+            keys: [B] int64.
+        """
+        objective = self.config.objective
+        masks = masks.flatten(0, 1)
+        with torch.no_grad():
+            seen: Output = self.teacher(crops[:1], masks, keys, hide=False, rate=0.0)
+            cls_targets = self._targets(seen.cls_scores.flatten(0, 1), "dino", teacher_temperature)
+            patch_targets = self._targets(seen.patch_scores, "ibot", teacher_temperature)
+        said: Output = student(crops, masks, keys, hide=True, rate=self.config.model.drop_path)
+        cls_targets = cls_targets.view_as(seen.cls_scores)
+        temperature = objective.student_temperature
+        mean_target = distributed.all_sum(cls_targets.mean(dim=(0, 1))) / distributed.ranks()
+        return {
+            "dino": dino_loss(said.cls_scores, cls_targets, temperature),
+            "ibot": ibot_loss(said.patch_scores, patch_targets, masks, temperature),
+            "koleo": sum((koleo_loss(c) for c in said.cls[:2]), torch.zeros((), device=keys.device)),
+            "teacher_entropy": -(cls_targets * cls_targets.clamp(min=1e-30).log()).sum(dim=2).mean(),
+            "prototype_entropy": -(mean_target * mean_target.clamp(min=1e-30).log()).sum(),
+            "cls": seen.cls.detach(),
+        }
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """Move every weight of the teacher by (1 - momentum) of its distance to the student's."""
+        teacher, student = list(self.teacher.parameters()), [p.detach() for p in self.student.parameters()]
+        torch._foreach_lerp_(teacher, student, 1 - momentum)
+
+    def _targets(self, scores: torch.Tensor, name: str, temperature: float) -> torch.Tensor:
+        if self.config.objective.targets == "sinkhorn":
+            return sinkhorn(scores, temperature)
+        center = getattr(self, f"{name}_center")
+        targets = centered(scores, center, temperature)
+        update_center(center, scores)
+        return targets

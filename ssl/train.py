@@ -1,0 +1,280 @@
+"""The training loop, top to bottom: read a batch, make crops, compare student and teacher, step, log, save."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from eosin.data_tools.errors import DONE, TO_BE_CONTINUED, UserError
+from eosin.data_tools.files import atomic_path
+from eosin.data_tools.progress import progress
+from eosin.data_tools.shards import ShardSet
+from eosin.data_tools.stream import BAD_BOUND, Batch, batches
+from eosin.ssl import checkpoint, distributed, health
+from eosin.ssl.augment import multi_crop
+from eosin.ssl.config import Config, patch_size, read_run_config, write_config
+from eosin.ssl.masks import block_masks
+from eosin.ssl.metrics import effective_rank, mean_cosine, same_group_rate
+from eosin.ssl.network import StudentTeacher
+from eosin.ssl.optimizer import build_optimizer, set_moment
+from eosin.ssl.schedules import Moment, at
+from eosin.ssl.stain.normalizer import is_he, make_normalizer
+
+# What may differ when a run is continued: none of it changes what is learned.
+FREE = {"data.shards", "data.workers", "run.dir", "run.device", "run.log_every", "run.checkpoint_every", "run.keep"}
+BAD_ALWAYS_ALLOWED = 3
+
+
+def train(config: Config) -> int:
+    """Train, or continue, the run of ``config.run.dir``. Every process of a distributed run calls this.
+
+    Returns:
+        0 when all steps are done, 75 when a SIGTERM or SIGUSR1 asked to save and stop.
+
+    Raises:
+        UserError: for what the user can mend: no data, another run in the folder, a batch that does not divide.
+    """
+    device = distributed.start(config.run.device)
+    try:
+        with _locked(Path(config.run.dir)), _stop_flag() as stop:
+            if distributed.rank() == 0:
+                _prepare(config)
+            return _train(config, device, stop)
+    finally:
+        distributed.stop()
+
+
+def _train(config: Config, device: torch.device, stop: list[int]) -> int:
+    run, steps = Path(config.run.dir), config.run.steps
+    shards = ShardSet(config.data.shards)
+    normalizer = make_normalizer(config.stain.normalize, shards)
+    he = torch.tensor(is_he(shards.slides()), device=device)
+    if distributed.rank() == 0 and not he.all() and (normalizer or config.stain.augment != "none"):
+        print(f"stain: {int((~he).sum())} of {len(he)} slides are not H&E; H&E operations are off for them")
+
+    torch.manual_seed(config.run.seed)
+    model = StudentTeacher(config).to(device)
+    optimizer = build_optimizer(model.student, config)
+    facts = {"shard set": [s["sha256"] for s in shards.dataset["shards"]]}
+    start = checkpoint.resume(run, model, optimizer, facts)
+    if distributed.rank() == 0 and start:
+        print(f"{run} is complete at step {start}" if start == steps else f"{run} goes on after step {start}")
+    student: nn.Module = model.student
+    if config.run.compile:
+        for block in [*model.student.backbone.blocks, *model.teacher.backbone.blocks]:
+            block.compile()
+    if distributed.ranks() > 1:
+        student = DistributedDataParallel(student, device_ids=[device] if device.type == "cuda" else None)
+    parameters = list(model.student.parameters())
+    bf16 = config.run.precision == "bf16" or (config.run.precision == "auto" and device.type == "cuda")
+
+    log = _Log(config, start)
+    stream = batches(
+        shards,
+        batch=config.data.batch,
+        steps=range(start, steps),
+        seed=config.run.seed,
+        rank=distributed.rank(),
+        ranks=distributed.ranks(),
+        workers=config.data.workers,
+    )
+    if distributed.rank() == 0:
+        stream = progress(stream, total=steps, start=start, desc="train", unit="steps", status=log.status)
+    for step, batch in enumerate(stream, start):
+        moment = at(step, config)
+        set_moment(optimizer, moment)
+        images, positions, slides = (batch[k].to(device, non_blocking=True) for k in ("images", "position", "slide"))
+        if normalizer:
+            images = normalizer(images, slides)
+        crops = multi_crop(images, positions, he[slides], config)
+        masks = _masks(batch, config).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            terms = model.losses(student, list(crops), masks, positions, moment.teacher_temperature)
+        loss = sum(getattr(config.objective, name) * terms[name] for name in ("dino", "ibot", "koleo"))
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(parameters, config.optim.clip)
+        # The check is on the whole gradient and before the optimizer, so that a bad step leaves no trace.
+        if torch.isfinite(norm):
+            optimizer.step()
+            model.update_teacher(moment.momentum)
+        else:
+            log.skipped += 1
+        optimizer.zero_grad()
+
+        log.note_bad(batch, len(shards))
+        done = step + 1
+        if done % config.run.log_every == 0 or done in (1, steps):
+            log.write(done, terms | {"loss": loss.detach(), "grad_norm": norm}, slides, moment)
+        stopping = distributed.any_rank(bool(stop))
+        if stopping or done % config.run.checkpoint_every == 0 or done == steps:
+            checkpoint.save(run, done, model, optimizer, facts, config.run.keep)
+        if stopping and done < steps:
+            if distributed.rank() == 0:
+                print(f"saved after step {done} of {steps}; run the same command to go on")
+            return TO_BE_CONTINUED
+    return DONE
+
+
+def _masks(batch: Batch, config: Config) -> torch.Tensor:
+    grid = config.crops.global_size // patch_size(config.model)
+    objective = config.objective
+    return block_masks(
+        batch["position"],
+        2,
+        grid,
+        seed=config.run.seed,
+        probability=objective.mask_probability if objective.ibot else 0.0,
+        ratio=objective.mask_ratio,
+    )
+
+
+class _Log:
+    """``metrics.jsonl``, TensorBoard, warnings in words, and the list of bad tiles. Rank 0 writes."""
+
+    def __init__(self, config: Config, start: int) -> None:
+        self.config, self.run = config, Path(config.run.dir)
+        self.skipped, self.last = 0, ""
+        self.bad: dict[int, str] = {}
+        self.said: set[str] = set()
+        self.clock, self.clock_step = time.monotonic(), start
+        self.path = self.run / "metrics.jsonl"
+        self.events: Any = None
+        if distributed.rank() == 0:
+            _cut(self.path, start)
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.events = SummaryWriter(str(self.run / "tensorboard"), purge_step=start + 1)
+
+    def status(self) -> str:
+        """A few words for the progress bar."""
+        return self.last
+
+    def write(self, done: int, terms: dict[str, torch.Tensor], slides: torch.Tensor, moment: Moment) -> None:
+        """Log the state after ``done`` steps. Every process calls this, since means are over all of them."""
+        with torch.no_grad():
+            cls = distributed.all_rows(terms.pop("cls")[0].float())  # [B, D]
+            slides = distributed.all_rows(slides)
+            means = {k: float(distributed.all_sum(v.detach().float()) / distributed.ranks()) for k, v in terms.items()}
+        if distributed.rank() != 0:
+            return
+        now = time.monotonic()
+        k = min(5, len(cls) - 1)
+        rate, chance = same_group_rate(cls, slides, k) if k > 0 else (float("nan"), float("nan"))
+        record = {
+            "step": done,
+            **means,
+            "lr": moment.lr,
+            "weight_decay": moment.weight_decay,
+            "momentum": moment.momentum,
+            "teacher_temperature": moment.teacher_temperature,
+            "effective_rank": effective_rank(cls),
+            "mean_cosine": mean_cosine(cls),
+            "same_slide_rate": rate,
+            "same_slide_chance": chance,
+            "images_per_second": (done - self.clock_step) * self.config.data.batch / max(now - self.clock, 1e-9),
+            "skipped": self.skipped,
+            "bad_tiles": len(self.bad),
+        }
+        self.clock, self.clock_step = now, done
+        record = {k: None if v != v or v in (float("inf"), float("-inf")) else v for k, v in record.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        for name, value in record.items():
+            if name != "step" and value is not None:
+                self.events.add_scalar(name, value, done)
+        self.last = f"loss {means['loss']:.3f}, {record['images_per_second']:.0f} images/s"
+        known = {k: float("nan") if v is None else v for k, v in record.items()}
+        warm = max(self.config.optim.warmup, 10)
+        for sentence in health.warnings(known | {"warmup": warm}, self.config.objective.prototypes):
+            if sentence not in self.said:
+                self.said.add(sentence)
+                print(f"step {done}: {sentence}", file=sys.stderr)
+
+    def note_bad(self, batch: Batch, tiles: int) -> None:
+        """List tiles that could not be used, and stop the run when they are too many."""
+        fresh = {t: r for t, r in batch["bad"] if t not in self.bad}
+        if not fresh:
+            return
+        self.bad |= fresh
+        with (self.run / "bad_tiles.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"tile": t, "reason": r}) + "\n" for t, r in fresh.items())
+        if len(self.bad) > max(BAD_ALWAYS_ALLOWED, BAD_BOUND * tiles):
+            raise UserError(
+                f"{len(self.bad)} of {tiles} tiles of {self.config.data.shards} cannot be used, the last one "
+                f"'{list(fresh.values())[-1]}'; see {self.run / 'bad_tiles.jsonl'} and run 'eosin verify'"
+            )
+
+
+def _prepare(config: Config) -> None:
+    """Make the run folder and write its configuration, or check that ``config`` continues the run in it.
+
+    Raises UserError when the folder holds something else or a run with other settings.
+    """
+    run = Path(config.run.dir)
+    if run.is_file():
+        raise UserError(f"run.dir: {run} is a file; give the path of a folder")
+    if not (run / "config.yaml").is_file():
+        if run.is_dir() and any(p.name != ".lock" for p in run.iterdir()):
+            raise UserError(f"run.dir: {run} holds something else; give a new folder")
+        write_config(run / "config.yaml", config)
+        return
+    there, given = _flat(read_run_config(run).model_dump()), _flat(config.model_dump())
+    for key in sorted(set(there) | set(given)):
+        if key not in FREE and there.get(key) != given.get(key):
+            raise UserError(
+                f"run.dir: {run} was begun with {key}={there.get(key)}, not {given.get(key)}; "
+                "give the same settings to continue it, or another run.dir"
+            )
+
+
+@contextlib.contextmanager
+def _locked(run: Path) -> Iterator[None]:
+    """Hold the run folder: one training at a time. Only rank 0 locks."""
+    if distributed.rank() != 0:
+        yield
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"run.dir: another process is training in {run}; wait for it, or give another") from None
+        yield
+
+
+@contextlib.contextmanager
+def _stop_flag() -> Iterator[list[int]]:
+    """A list that is empty until a SIGTERM or SIGUSR1 arrives; the loop saves at the end of its step, never here."""
+    seen: list[int] = []
+    before = {s: signal.signal(s, lambda number, _: seen.append(number)) for s in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _cut(path: Path, start: int) -> None:
+    """Drop records of steps after ``start``, which will be done again."""
+    if path.is_file():
+        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start]
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in lines))
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
