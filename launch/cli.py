@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv[: argv.index("--")] if "--" in argv else "--debug" in argv
     try:
-        return _run(argv)
+        return run(argv)
     except UserError as error:
         if debug:
             raise
@@ -68,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say("stopped by the keyboard")
 
 
-def _run(argv: list[str]) -> int:
+def run(argv: list[str]) -> int:
+    """Run one verb; errors pass through."""
     if not argv or argv[0] in ("-h", "--help"):
         print(_contents())
         return 0

@@ -266,11 +266,16 @@ def _stop_flag() -> Iterator[list[int]]:
 
 
 def _cut(path: Path, start: int) -> None:
-    """Drop records of steps after ``start``, which will be done again."""
-    if path.is_file():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start]
-        with atomic_path(path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in lines))
+    """Drop records of steps after ``start``, which will be done again, and a line that a kill cut short."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            if json.loads(line)["step"] <= start:
+                kept.append(line + "\n")
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(kept))
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-BETA = 0.15  # least optical density of a tissue pixel (Macenko, sec. 2)
+BETA = 0.15  # least mean optical density of a tissue pixel (Macenko, sec. 2)
 ALPHA = 1.0  # percent of angles cut off at each end (Macenko, sec. 2)
 MIN_TISSUE = 0.02  # least fraction of tissue pixels for a fit
 MIN_ANGLE = 8.0  # degrees between the two stain vectors, below which they are one stain
@@ -30,7 +30,7 @@ class Fit:
 
     Attributes:
         vectors: [B, 2, 3], unit vectors of hematoxylin and eosin in optical density (RGB).
-        maxima: [B, 2], 99th-percentile concentrations over stained pixels.
+        maxima: [B, 2], 99th-percentile concentrations over tissue pixels.
         good: [B] bool; where False the other two hold the reference and must not be used.
         reason: why not, "" where good.
     """
@@ -61,7 +61,8 @@ def fit(images: torch.Tensor, pixels: int = PIXELS) -> Fit:
     """Estimate stain vectors and maxima of ``images``, [B, 3, H, W] uint8, from about ``pixels`` pixels of each."""
     step = max(1, images.shape[2] * images.shape[3] // pixels)
     density = optical_density(images.flatten(2)[:, :, ::step]).transpose(1, 2)  # [B, P, 3]
-    tissue = (density > BETA).all(dim=2)  # [B, P]
+    # The mean over channels: asking each channel for BETA would drop pure eosin, which hardly absorbs red.
+    tissue = density.mean(dim=2) > BETA  # [B, P]
     count = tissue.sum(dim=1)
     reasons = {}
     enough = count >= max(64, MIN_TISSUE * tissue.shape[1])
@@ -88,9 +89,7 @@ def fit(images: torch.Tensor, pixels: int = PIXELS) -> Fit:
     vectors = torch.where(swap.view(-1, 1, 1), vectors.flip(1), vectors)
 
     concentrations = density @ unmixing(vectors)  # [B, P, 2]
-    # Pixels with any stain: those with all channels above BETA are the darkest part only where blue is pale.
-    stained = density.mean(dim=2) > BETA
-    maxima = torch.stack([_quantile(concentrations[..., i], stained, 0.99) for i in (0, 1)], dim=1)
+    maxima = torch.stack([_quantile(concentrations[..., i], tissue, 0.99) for i in (0, 1)], dim=1)
     cosine = (vectors[:, 0] * vectors[:, 1]).sum(dim=1).clamp(-1, 1)
     reasons["too little tissue"] = ~enough
     reasons["only one stain"] = torch.rad2deg(torch.acos(cosine)) < MIN_ANGLE

@@ -53,14 +53,18 @@ class Normalizer:
             matrices = torch.where(fits.good.view(-1, 1, 1), matrices, identity)
         return macenko.apply(images, matrices)
 
-    def describe(self) -> dict[str, Any]:
-        """The normalizer as plain data, for fingerprints and releases."""
-        return {
-            "method": "macenko",
-            "mode": self.mode,
-            "vectors": [[round(v, 6) for v in row] for row in self.vectors.tolist()],
-            "maxima": [round(v, 6) for v in self.maxima.tolist()],
-        }
+
+def describe_reference(mode: str) -> dict[str, Any] | None:
+    """The normalization of ``mode`` as plain data, for fingerprints and releases; None for "off"."""
+    if mode == "off":
+        return None
+    vectors, maxima = macenko.reference()
+    return {
+        "method": "macenko",
+        "mode": mode,
+        "vectors": [[round(v, 6) for v in row] for row in vectors.tolist()],
+        "maxima": [round(v, 6) for v in maxima.tolist()],
+    }
 
 
 def make_normalizer(mode: str, shards: ShardSet) -> Normalizer | None:

@@ -1,0 +1,220 @@
+"""From what a user gives - files, folders, a table - to a sorted list of inputs with names, and whether the work on
+them is done already. This module never opens an image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from eosin.data_tools.errors import DONE, DONE_WITH_REFUSALS, UserError
+from eosin.data_tools.files import read_csv, refuse_occupied
+from eosin.data_tools.shards import ShardSet
+from eosin.data_tools.slide import IMAGE_SUFFIXES, MPP_RANGE, SLIDE_SUFFIXES
+
+
+@dataclass(frozen=True)
+class Source:
+    """One slide to be.
+
+    Attributes:
+        slide: its name, unique.
+        path: its file, None where a table lists it and there is none.
+        listed: what the table calls it, or its file name.
+        facts: the columns that a table adds.
+        mpp: µm/px that a table gives, None for what the file says.
+    """
+
+    slide: str
+    path: Path | None
+    listed: str
+    facts: dict[str, str] = field(default_factory=dict)
+    mpp: float | None = None
+
+
+@dataclass
+class Summary:
+    """What became of the slides, or of the images, of a command.
+
+    Attributes:
+        refused: (name, reason) of each input that could not be used.
+        notices: what the user should know, one line each.
+    """
+
+    lines: list[str]
+    refused: list[tuple[str, str]] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        """DONE, or DONE_WITH_REFUSALS."""
+        return DONE_WITH_REFUSALS if self.refused else DONE
+
+    def __str__(self) -> str:
+        lines = [*self.lines, *(f"note: {notice}" for notice in self.notices)]
+        if self.refused:
+            lines.append(f"refused: {len(self.refused)}")
+            lines += [f"  {name}: {reason}" for name, reason in self.refused[:20]]
+            if len(self.refused) > 20:
+                lines.append(f"  and {len(self.refused) - 20} more, in the slides table")
+        return "\n".join(lines)
+
+
+def find_slides(given: Sequence[Path]) -> list[Source]:
+    """List slides from files and folders, sorted; folders are searched to any depth.
+
+    A folder's plain images count only where it holds no slide, since scanners put pictures beside them.
+
+    Raises UserError for a path that does not exist, a folder without slides, and a file given twice.
+    """
+    files: list[tuple[Path, Path]] = []  # the file, and what its name is relative to
+    for path in given:
+        if path.is_dir():
+            found = find_files(path, SLIDE_SUFFIXES) or find_files(path, IMAGE_SUFFIXES)
+            if not found:
+                raise UserError(f"{path} holds no slide; known endings: {' '.join(SLIDE_SUFFIXES + IMAGE_SUFFIXES)}")
+            files += [(file, path) for file in found]
+        elif path.exists():
+            files.append((path, path.parent))
+        else:
+            raise UserError(f"{path} does not exist; give slides or folders of slides")
+    twice = [path for path, n in Counter(file.resolve() for file, _ in files).items() if n > 1]
+    if twice:
+        raise UserError(f"{twice[0]} is given twice; give each slide once")
+    names = unique_names([(Path(file.name), file.relative_to(root)) for file, root in files])
+    return [Source(name, file, file.name) for name, (file, _) in zip(names, files)]
+
+
+def find_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """Files of a folder, at any depth, with one of the endings; sorted, hidden ones left out."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in suffixes
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+
+
+def unique_names(paths: Sequence[tuple[Path, ...]]) -> list[str]:
+    """A name for each file: without its ending, with its folders where that is not unique, in full where need be.
+
+    Args:
+        paths: ways to name each file, the shortest first.
+
+    Raises UserError where even the longest are not unique.
+    """
+    ways = [[*(without_ending(way) for way in file), file[-1].as_posix()] for file in paths]
+    files_with = Counter(way for file in ways for way in set(file))
+    names = [next((way for way in file if files_with[way] == 1), file[-1]) for file in ways]
+    clash = [name for name, n in Counter(names).items() if n > 1]
+    if clash:
+        raise UserError(f"two files are both called '{clash[0]}'; give them one by one under different names")
+    return names
+
+
+def without_ending(path: Path) -> str:
+    """``a/b.ome.tif`` -> ``a/b.ome``, since slide names carry dots."""
+    return path.with_suffix("").as_posix()
+
+
+def join_table(sources: list[Source], table: Path) -> tuple[list[Source], list[str]]:
+    """Add what a table knows of the slides.
+
+    A row finds its file by the column ``path`` (relative to the table, absolute, or a bare file name) or, without that
+    column, by ``slide`` (the file's name with or without its ending). With both, ``slide`` renames the slide.
+
+    Returns:
+        The sources with their facts, rows without a file last (``path`` None), and notices for files without a row.
+
+    Raises UserError for a table with neither column, two rows for a file or slide, or an impossible mpp.
+    """
+    rows = read_csv(table, [])
+    columns = set(rows[0]) if rows else set()
+    key = next((c for c in ("path", "slide") if c in columns), None)
+    if key is None:
+        raise UserError(f"{table} has no column 'path' or 'slide'; its columns are: {', '.join(sorted(columns))}")
+    by_key: dict[Path | str, set[int]] = defaultdict(set)
+    for place, source in enumerate(sources):
+        if key == "path" and source.path is not None:
+            by_key[source.path.resolve()].add(place)
+        by_key[source.listed].add(place)
+        by_key[source.slide].add(place)
+    joined = dict(enumerate(sources))
+    absent: list[Source] = []
+    row_of: dict[int, int] = {}
+    for line, row in enumerate(rows, start=2):
+        facts = {c: v for c, v in row.items() if c not in ("path", "slide", "mpp")}
+        mpp = _read_mpp(row.get("mpp", ""), f"{table} line {line}")
+        value = row[key]
+        ways: list[Path | str] = [value]
+        if key == "path":
+            ways = [(table.parent / value).resolve(), Path(value).resolve(), Path(value).name]
+        number = next((next(iter(by_key[way])) for way in ways if len(by_key[way]) == 1), None)
+        if number is None:
+            name = row.get("slide") or without_ending(Path(value))
+            absent.append(Source(name, None, value, facts, mpp))
+            continue
+        if number in row_of:
+            raise UserError(f"{table} lines {row_of[number]} and {line} are both about {sources[number].path}")
+        row_of[number] = line
+        found = sources[number]
+        joined[number] = Source(
+            row.get("slide") or found.slide if key == "path" else found.slide, found.path, found.listed, facts, mpp
+        )
+    result = list(joined.values()) + absent
+    twice = [name for name, n in Counter(s.slide for s in result).items() if n > 1]
+    if twice:
+        raise UserError(f"{table} gives the slide name '{twice[0]}' twice; names must be unique")
+    lonely = [s.listed for i, s in joined.items() if i not in row_of]
+    return result, [f"no row in {table.name}: {shorten(lonely)}"] if lonely else []
+
+
+def fingerprint(paths: Iterable[Path | None]) -> str:
+    """A hash of the files' names and sizes, in order: tells whether the same command has the same input."""
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size if path is not None and path.is_file() else -1
+        digest.update(f"{path.name if path else ''}\0{size}\n".encode())
+    return digest.hexdigest()
+
+
+def already_made(out: Path, config: dict[str, Any]) -> bool:
+    """Whether ``out`` is a complete shard set made with this very configuration.
+
+    Raises UserError where it holds anything else: another shard set, named by the first setting that differs, or
+    something of the user's.
+    """
+    if (out / "dataset.json").is_file():
+        there = ShardSet(out).dataset.get("config", {})
+        if there == config:
+            return True
+        differs = next(k for k in sorted({*there, *config}) if there.get(k) != config.get(k))
+        raise UserError(
+            f"{out} is a shard set made otherwise ({differs}: {there.get(differs)!r} there, {config.get(differs)!r} "
+            "asked); give a new folder, or remove it first"
+        )
+    refuse_occupied(out)
+    return False
+
+
+def shorten(items: Sequence[str], limit: int = 5) -> str:
+    """``a, b, c and 7 more``."""
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more
+
+
+def _read_mpp(text: str, where: str) -> float | None:
+    if not text.strip():
+        return None
+    try:
+        mpp = float(text)
+    except ValueError:
+        raise UserError(f"{where}: mpp '{text}' is not a number of µm/px") from None
+    if not MPP_RANGE[0] <= mpp <= MPP_RANGE[1]:
+        raise UserError(f"{where}: mpp {text} is outside {MPP_RANGE[0]:g} to {MPP_RANGE[1]:g} µm/px")
+    return mpp

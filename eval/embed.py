@@ -1,0 +1,154 @@
+"""Embedding extraction: an encoder over a shard set, into one embeddings file.
+
+Tiles that cannot be used are left out, listed with their reason, and bounded; nothing is ever put in their place.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import itertools
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from eosin.data_tools.embeddings import Embeddings, read_embeddings, write_embeddings
+from eosin.data_tools.errors import UserError
+from eosin.data_tools.files import atomic_path, sha256
+from eosin.data_tools.progress import progress
+from eosin.data_tools.shards import ShardSet
+from eosin.data_tools.stream import decode
+from eosin.eval.encoders import Encoder
+from eosin.ssl.stain.normalizer import Normalizer, describe_reference, make_normalizer
+
+BAD_BOUND = 0.01
+BAD_ALWAYS_ALLOWED = 3
+THREADS = 4
+AHEAD = 2  # batches decoded before they are asked for
+
+
+@dataclass
+class Summary:
+    """What came of an extraction.
+
+    Attributes:
+        tiles: rows in the file.
+        dimension: of a feature.
+        refused: (key, reason) of each tile left out.
+        cached: the file was there already and nothing was done.
+    """
+
+    tiles: int
+    dimension: int
+    refused: list[tuple[str, str]]
+    cached: bool = False
+
+
+def embed(encoder: Encoder, shards: ShardSet, out: Path, batch_size: int = 64) -> Summary:
+    """Embed every tile of ``shards`` and write ``out``; the reasons of refused tiles go beside it.
+
+    Does nothing when ``out`` holds embeddings of the same fingerprint: encoder, preprocessing, normalizer, tiles and
+    slides table.
+
+    Raises:
+        UserError: ``out`` holds something else, the shard set is empty, more than 1 % of its tiles (and more than 3)
+            cannot be used, or the encoder gives values that are not finite.
+    """
+    normalizer = make_normalizer(encoder.stain, shards)
+    fingerprint = encoder.fingerprint | _data_fingerprint(shards, encoder.stain)
+    if out.exists():
+        there = read_embeddings(out)
+        if there.encoder != fingerprint:
+            raise UserError(f"{out} holds other embeddings (of '{there.name}'); give another --out, or remove it first")
+        return Summary(len(there.features), there.features.shape[1], [], cached=True)
+    if not len(shards):
+        raise UserError(f"{shards.folder} holds no tiles")
+
+    numbers, rows, refused = [], [], []
+    batches = range(0, len(shards), batch_size)
+    stream = progress(_batches(shards, batch_size), total=len(batches), desc=f"embed {encoder.name}", unit="batches")
+    for tiles, images, bad in stream:
+        refused += [(shards.meta(tile)["key"], reason) for tile, reason in bad]
+        if len(refused) > max(BAD_ALWAYS_ALLOWED, BAD_BOUND * len(shards)):
+            raise UserError(
+                f"{len(refused)} of the first {tiles[-1] + 1 if len(tiles) else batch_size} tiles of {shards.folder} "
+                f"cannot be used, the last one '{refused[-1][0]}': {refused[-1][1]}; run 'eosin verify {shards.folder}'"
+            )
+        if len(tiles):
+            numbers.append(tiles)
+            rows.append(_features(encoder, normalizer, images, shards, tiles))
+    if not numbers:
+        raise UserError(f"no tile of {shards.folder} can be used; run 'eosin verify {shards.folder}'")
+    kept = np.concatenate(numbers)
+    features = np.concatenate(rows)  # [N, D]
+    if not np.isfinite(features).all():
+        raise UserError(f"'{encoder.name}' gives values that are not finite; its weights are broken")
+    table = shards.table().iloc[kept].reset_index(drop=True)
+    write_embeddings(out, Embeddings(features, table, fingerprint))
+    if refused:
+        with atomic_path(refused_path(out)) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("key", "reason"), *refused])
+    return Summary(len(features), features.shape[1], refused)
+
+
+def refused_path(out: Path) -> Path:
+    """Path of the list of refused tiles that belongs to the embeddings at ``out``."""
+    return out.with_suffix(".refused.csv")
+
+
+def _data_fingerprint(shards: ShardSet, stain: str) -> dict[str, Any]:
+    identity = hashlib.sha256(" ".join(s["sha256"] for s in shards.dataset["shards"]).encode()).hexdigest()
+    return {
+        "shards": identity,
+        "slides": sha256(shards.folder / "slides.parquet"),
+        "normalizer": describe_reference(stain),
+    }
+
+
+def _features(
+    encoder: Encoder, normalizer: Normalizer | None, images: np.ndarray, shards: ShardSet, tiles: np.ndarray
+) -> np.ndarray:
+    pixels = torch.from_numpy(images).to(encoder.device).permute(0, 3, 1, 2).contiguous()  # [B, 3, T, T]
+    if normalizer:
+        slides = np.array([shards.row(int(t))["slide"] for t in tiles], dtype=np.int64)
+        pixels = normalizer(pixels, torch.from_numpy(slides))
+    return encoder(pixels).cpu().numpy()
+
+
+def _batches(shards: ShardSet, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray, list[tuple[int, str]]]]:
+    """Tile numbers [b], images [b, T, T, 3] and refusals of each batch in order, decoded a little ahead."""
+    with ThreadPoolExecutor(THREADS) as pool:
+
+        def submit(first: int) -> list[tuple[int, Future[np.ndarray]]]:
+            last = min(first + batch_size, len(shards))
+            return [(tile, pool.submit(_tile, shards, tile)) for tile in range(first, last)]
+
+        waiting = deque(itertools.islice(map(submit, starts := iter(range(0, len(shards), batch_size))), AHEAD))
+        while waiting:
+            good, images, bad = [], [], []
+            for tile, future in waiting.popleft():
+                try:
+                    images.append(future.result())
+                    good.append(tile)
+                except (ValueError, EOFError) as error:
+                    bad.append((tile, str(error)))
+            waiting.extend(map(submit, itertools.islice(starts, 1)))
+            yield np.array(good, dtype=np.int64), np.stack(images) if images else np.empty(0), bad
+
+
+def _tile(shards: ShardSet, tile: int) -> np.ndarray:
+    """Decode one tile, [T, T, 3]. Raises ValueError or EOFError with the reason."""
+    encoded = shards.image(tile)
+    if zlib.crc32(encoded) != shards.row(tile)["crc32"]:
+        raise ValueError("its bytes are not those that were written (crc32)")
+    image = decode(encoded)
+    if image.shape != (shards.tile_size, shards.tile_size, 3):
+        raise ValueError(f"is {image.shape[1]}×{image.shape[0]} px, not {shards.tile_size}×{shards.tile_size}")
+    return image

@@ -1,0 +1,259 @@
+"""Sections of words and numbers: who won, what went in, the probes, how to do it again."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from eosin.eval.report import findings, plots
+from eosin.eval.report.findings import Results
+from eosin.eval.report.material import Material
+from eosin.eval.report.page import Block, Gallery, Listing, Section, Table, Words, chart
+
+MOST_ROWS = 24
+REASONS = {
+    "background": "too little tissue",
+    "pen": "pen marks",
+    "blank": "nothing to see",
+    "blur": "out of focus",
+    "unreadable": "cannot be decoded",
+    "limit": "over the limit of tiles a slide",
+    "refused": "cannot be used",
+}
+
+
+def verdict(m: Material) -> Section:
+    """Who won, in words, whoever it was."""
+    found = findings.probes(m.results)
+    title = "Verdict"
+    if not found:
+        missing = (
+            "No probe was given, so nothing is known of what the encoder learned. Embed RUN, random:RUN and color, run "
+            "'eosin eval knn E... --label L --group G --out knn.json', and give --results knn.json to 'eosin report'."
+        )
+        return Section("verdict", title, "Did training help?", [Words([missing], "warning")])
+    head, rows = findings.verdict_rows(found)
+    blocks: list[Block] = [Words(findings.headline(found), "verdict")]
+    blocks += _warnings(_strangers(m))
+    caption = f"{findings.METRICS[findings.PRIMARY].capitalize()} with 95 % intervals."
+    blocks.append(Table(head, list(rows), caption))
+    blocks.append(Words([findings.sentence(probe) for probe in found], "list"))
+    notes = dict.fromkeys(note for r in m.results for note in r.data.get("notes", []))
+    blocks += [Words(list(notes))] if notes else []
+    lead = "Did training help, compared with the same network untrained and with twelve color statistics?"
+    return Section("verdict", title, lead, blocks)
+
+
+def inputs(m: Material) -> Section:
+    """Slides, tiles, and what was left out."""
+    used, mpp = m.used, m.shards.mpp
+    facts = [
+        ("slides", f"{len(used):,}" + (f" used, {len(m.slides) - len(used)} not" if len(used) < len(m.slides) else "")),
+        ("patients", f"{len(m.known('patient')):,}" if m.known("patient") else "not given"),
+        ("sites", _listed(m.known("site"))),
+        ("scanners", _listed(m.known("scanner") or m.known("vendor"))),
+        ("stains", _listed(m.known("stain"))),
+        (f"classes ({m.label})", _listed(m.known(m.label))),
+        ("tiles", f"{len(m.shards):,} of {m.shards.tile_size} px, {_magnification(mpp)}"),
+    ]
+    if "tissue_mm2" in m.slides:
+        facts.append(("tissue", f"{m.slides['tissue_mm2'].sum():,.1f} mm²"))
+    blocks: list[Block] = [Table([], [list(f) for f in facts])]
+    if m.synthetic.any():
+        blocks.insert(0, Words([_synthetic(m)], "warning"))
+    blocks += [b for b in (_composition(m), _dropped(m), _refused(m)) if b]
+    lead = "Slides are cut into square tiles where there is tissue; only these tiles are ever shown to the model."
+    return Section("inputs", "What went in", lead, blocks)
+
+
+def probes(m: Material) -> Section:
+    """All encoders under all protocols, drawn and in numbers."""
+    lead = (
+        "A probe learns to tell labels from frozen features and is scored on groups it never saw. "
+        "Dots are values, lines 95 % intervals over groups."
+    )
+    found = findings.probes(m.results)
+    if not found:
+        missing = "No results were given: 'eosin eval knn|linear|mil' makes them and --results R.json adds them."
+        return Section("probes", "Probes", lead, [Words([missing])])
+    panels = [
+        plots.Panel(
+            f"{p.title} · {p.data['label']}",
+            p.data["chance"][findings.PRIMARY],
+            [(r["name"], findings.role_of(r), *_values(r)) for r in p.rows],
+        )
+        for p in found
+    ]
+    label = findings.METRICS[findings.PRIMARY]
+    drawn = chart(plots.forest(panels, label), f"{label} of every encoder under every probe, with intervals")
+    blocks: list[Block] = [Gallery([drawn], 2000)]
+    for probe in found:
+        rows = findings.metric_rows(probe)
+        head = ["Encoder", *findings.METRICS.values()]
+        caption = f"{probe.title}: {probe.conditions}; {probe.data['groups']} groups."
+        blocks.append(Table(head, list(rows), caption, frozenset([len(rows) - 1])))
+    for result in m.results:
+        rows = findings.difference_rows(result)
+        if rows:
+            head = ["Paired difference", label, ""]
+            name = findings.PROTOCOLS.get(result.data["protocol"], result.data["protocol"])
+            blocks.append(Table(head, list(rows), f"{name}: differences under the same draws of groups."))
+        blocks += [Words([f"Left out: {n} with {why}."]) for why, n in result.data.get("left_out", {}).items()]
+    return Section("probes", "Probes", lead, blocks)
+
+
+def reproduction(m: Material) -> Section:
+    """Versions, commands, fingerprints and the whole configuration."""
+    import timm
+    import torch
+    from omegaconf import OmegaConf
+
+    versions = f"eosin {version('eosin')}, Python {platform.python_version()}, torch {torch.__version__}, "
+    versions += f"timm {timm.__version__}, numpy {np.__version__}"
+    saved = f"{m.checkpoint.name}, after {m.step:,} of {m.config.run.steps:,} steps" if m.checkpoint else "none yet"
+    facts = [
+        ("versions", versions),
+        ("checkpoint", saved),
+        ("seed", str(m.config.run.seed)),
+        ("shards (sha256)", _listed([s["sha256"][:16] for s in m.shards.dataset["shards"]], 4)),
+    ]
+    blocks: list[Block] = [Table([], [list(f) for f in facts]), Listing("\n".join(_commands(m)))]
+    prints = {r.get("encoder", r["name"]): r["fingerprint"] for result in m.results for r in result.data["encoders"]}
+    if prints:
+        rows = [[name, *_print_cells(p)] for name, p in prints.items()]
+        head = ["Encoder", "Weights (sha256)", "Pooling", "Input", "Stain normalizer"]
+        blocks.append(Table(head, list(rows), "What made the features."))
+    if m.release is not None:
+        load = f'timm.create_model("local-dir:{m.release}", pretrained=True)'
+        blocks += [Words(["The release of this run loads without eosin:"]), Listing(load)]
+    else:
+        blocks.append(Words(["Not released yet: 'eosin export RUN --out RELEASE' makes a folder that timm loads."]))
+    config = OmegaConf.to_yaml(OmegaConf.create(m.config.model_dump()))
+    blocks.append(Listing(config, "The run's whole configuration (config.yaml)"))
+    return Section("reproduction", "How to do it again", "Everything that decides the numbers above.", blocks)
+
+
+def _strangers(m: Material) -> list[str]:
+    """A warning where probed weights are not those of the run's newest checkpoint."""
+    from eosin.eval.encoders import weights_sha256
+
+    rows = [(r["name"], r) for result in m.results for r in result.data["encoders"]]
+    ours = {name: r["fingerprint"].get("weights") for name, r in rows if findings.role_of(r) == "trained"}
+    if m.teacher is None or not ours or weights_sha256(m.teacher) in ours.values():
+        return []
+    return [
+        f"The encoder probed as '{next(iter(ours))}' does not have the weights of {m.run.name}'s newest checkpoint "
+        f"({m.step:,} steps): these numbers speak of another encoder. Embed and probe again."
+    ]
+
+
+def _warnings(lines: list[str]) -> list[Block]:
+    return [Words(lines, "warning")] if lines else []
+
+
+def _synthetic(m: Material) -> str:
+    count = int(m.synthetic[m.tiles_of_slide > 0].sum())
+    which = "All slides are" if count == len(m.used) else f"{count} of {len(m.used)} slides are"
+    return f"{which} synthetic: drawn by a program, not tissue of any patient."
+
+
+def _composition(m: Material) -> Table | None:
+    """Slides, patients and tiles by whatever the slides table tells apart."""
+    columns = [c for c in (m.label, "site", "scanner", "stain") if len(m.known(c)) > 1]
+    if not columns:
+        return None
+    table = pd.DataFrame({c: m.column(c) for c in [*columns, "patient"]}).assign(tiles=m.tiles_of_slide)
+    grouped = table[table["tiles"] > 0].groupby(columns)
+    counts = grouped.agg(slides=("tiles", "size"), patients=("patient", "nunique"), tiles=("tiles", "sum"))
+    counts = counts.reset_index()
+    rows: list[list[Any]] = [
+        [*(v or "–" for v in row[: len(columns)]), *(f"{n:,}" for n in row[len(columns) :])]
+        for row in counts.head(MOST_ROWS).itertuples(index=False)
+    ]
+    more = f" The first {MOST_ROWS} of {len(counts)} combinations." if len(counts) > MOST_ROWS else ""
+    return Table([*columns, "slides", "patients", "tiles"], rows, f"Slides by {', '.join(columns)}.{more}")
+
+
+def _dropped(m: Material) -> Table | None:
+    dropped = {c.removeprefix("dropped_"): int(m.slides[c].sum()) for c in m.slides if c.startswith("dropped_")}
+    if not dropped:
+        return None
+    total = len(m.shards) + sum(dropped.values())
+    entries = [("kept", len(m.shards)), *((f"dropped: {REASONS.get(r, r)}", n) for r, n in dropped.items() if n)]
+    rows: list[list[Any]] = [[what, f"{n:,}", f"{100 * n / total:.1f} %"] for what, n in entries]
+    return Table(["Places on the slides' grid", "tiles", "share"], rows)
+
+
+def _refused(m: Material) -> Table | None:
+    if "reason" not in m.slides:
+        return None
+    bad = m.slides[m.tiles_of_slide == 0]
+    if not len(bad):
+        return None
+    names = m.column("source") if "source" in m.slides else m.column("slide")
+    rows: list[list[Any]] = [[str(names[n]), str(bad["reason"][n] or "gave no tile")] for n in bad.index[:MOST_ROWS]]
+    more = f", the first {MOST_ROWS} of {len(bad)}" if len(bad) > MOST_ROWS else ""
+    return Table(["Refused slide", "Reason"], rows, f"Slides that gave nothing, with the reason{more}.")
+
+
+def _commands(m: Material) -> list[str]:
+    """The commands that lead here, with the settings that the files on disk remember."""
+    made = m.shards.dataset["config"]
+    shards, run = shlex.quote(str(m.shards.folder)), shlex.quote(str(m.run))
+    lines = []
+    if made.get("verb") in ("tile", "pack"):
+        options = ("mpp", "tile_size", "min_tissue", "max_tiles", "label", "group")
+        given = [f"--{o.replace('_', '-')} {shlex.quote(str(made[o]))}" for o in options if made.get(o) is not None]
+        source = "SLIDES" if made["verb"] == "tile" else "FOLDER"
+        lines.append(f"eosin {made['verb']} {source} --out {shards} {' '.join(given)}")
+    if "stain_fit" in m.slides:
+        lines.append(f"eosin stain fit {shards}")
+    lines.append(f"eosin train {run}/config.yaml data.shards={shards} run.dir=NEW_RUN")
+    lines.append(f"eosin embed {run} {shards} --out trained.safetensors")
+    lines.append(f"eosin embed random:{run} {shards} --out random.safetensors")
+    lines.append(f"eosin embed color {shards} --out color.safetensors")
+    if m.results:
+        lines.append('E="trained.safetensors random.safetensors color.safetensors"')
+    lines += [_eval_command(result) for result in m.results]
+    results = " ".join(shlex.quote(str(r.path)) for r in m.results)
+    lines.append(f"eosin report {run} " + (f"--results {results} " if results else "") + "--out report.html")
+    return lines
+
+
+def _eval_command(result: Results) -> str:
+    data = result.data
+    verb = findings.VERBS.get(data["protocol"], data["protocol"])
+    settings = [f"--{k} {data['parameters'][k]}" for k in ("folds", "seed") if k in data["parameters"]]
+    return (
+        f"eosin eval {verb} $E --label {shlex.quote(data['label'])} --group {shlex.quote(data['group'])} "
+        f"{' '.join(settings)} "
+        f"--out {shlex.quote(str(result.path))}"
+    )
+
+
+def _print_cells(fingerprint: dict[str, Any]) -> list[str]:
+    weights = str(fingerprint.get("weights", "no weights"))
+    shown = fingerprint.get("preprocessing", {})
+    size = f"{shown['size']} px" if "size" in shown else "whole tile"
+    return [weights[:16], str(fingerprint.get("pooling", "–")), size, str(fingerprint.get("stain", "–"))]
+
+
+def _values(row: dict[str, Any]) -> tuple[float, float, float]:
+    found = row["metrics"][findings.PRIMARY]
+    return found["value"], found["low"], found["high"]
+
+
+def _magnification(mpp: float | None) -> str:
+    return f"{mpp:g} µm/px" if mpp else "µm/px unknown"
+
+
+def _listed(values: list[str], most: int = 8) -> str:
+    if not values:
+        return "not given"
+    more = f" and {len(values) - most} more" if len(values) > most else ""
+    return f"{len(values)}: {', '.join(values[:most])}{more}" if len(values) > 1 else values[0]

@@ -1,0 +1,209 @@
+"""What a probe answers: embeddings of one or more encoders, row for row with labels and groups.
+
+Labels and groups are columns of the embeddings or come from a CSV. Rows without a label or a group are left out and
+counted; everything else that does not fit is refused here, before anything is fitted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from eosin.data_tools.embeddings import Embeddings, read_embeddings
+from eosin.data_tools.errors import UserError, nearest
+from eosin.data_tools.files import read_csv
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# What a row of a labels CSV speaks of -> the column of the embeddings that names it.
+KEYS = {"tile": "key", "slide": "slide", "patient": "patient"}
+
+
+@dataclass
+class Task:
+    """Samples with labels and groups, and the features that each encoder gives them.
+
+    Attributes:
+        encoders: one an encoder; features and table hold the rows of ``table``, in its order.
+        table: N rows: everything the embeddings hold, and what a labels CSV added.
+        keys: [N], the samples' names.
+        labels: [N], class numbers.
+        classes: names of the classes, sorted.
+        groups: [N], group numbers.
+        group_names: names of the groups, sorted.
+        left_out: reason -> number of samples.
+    """
+
+    encoders: list[Embeddings]
+    table: pd.DataFrame
+    keys: np.ndarray
+    labels: np.ndarray
+    classes: list[str]
+    groups: np.ndarray
+    group_names: list[str]
+    left_out: dict[str, int] = field(default_factory=dict)
+
+
+def load_task(
+    paths: list[Path], label: str, group: str, labels: Path | None = None, key: str = "slide", unit: str = "tile"
+) -> Task:
+    """Read embeddings of the same tiles and give each tile a label and a group.
+
+    Args:
+        paths: embeddings files, one an encoder.
+        label: column that holds the label.
+        group: column that holds what must not stand on both sides of a split.
+        labels: CSV that adds columns, and goes before the embeddings' own.
+        key: what a row of the CSV speaks of: tile, slide or patient; the CSV has a column of that name.
+        unit: what the result counts, for messages.
+
+    Raises:
+        UserError: a file or a column is missing, features are not finite, keys repeat or differ between encoders,
+            encoders saw different shard sets, or no row has both a label and a group.
+    """
+    encoders = _distinct([_read(path) for path in paths])
+    table = encoders[0].table
+    if labels is not None:
+        table = _join(table, labels, key, label)
+    for column, option in ((label, "--label"), (group, "--group")):
+        if column not in table.columns:
+            raise UserError(
+                f"{paths[0]} has no column '{column}' for {option}; {nearest(column, list(map(str, table.columns)))}"
+                + ("" if labels is not None else "; labels kept elsewhere join with --labels x.csv --key slide")
+            )
+    texts, group_texts = text(table[label]), text(table[group])
+    unlabeled, ungrouped = texts == "", group_texts == ""
+    kept = ~(unlabeled | ungrouped)
+    if not kept.any():
+        raise UserError(f"no {unit} has both a label in '{label}' and a group in '{group}'; nothing is left to score")
+    reasons = {f"no label in '{label}'": unlabeled, f"no group in '{group}'": ungrouped & ~unlabeled}
+    classes, codes = np.unique(texts[kept], return_inverse=True)
+    group_names, groups = np.unique(group_texts[kept], return_inverse=True)
+    rows = np.flatnonzero(kept)
+    if len(rows) < len(table):
+        encoders = [Embeddings(e.features[rows], e.table.iloc[rows], e.encoder, e.path) for e in encoders]
+        table = table.iloc[rows].reset_index(drop=True)
+    return Task(
+        encoders,
+        table,
+        table["key"].to_numpy(dtype=object),
+        codes.astype(np.int64),
+        [str(c) for c in classes],
+        groups.astype(np.int64),
+        [str(g) for g in group_names],
+        {reason: int(mask.sum()) for reason, mask in reasons.items() if mask.any()},
+    )
+
+
+def pool_task(task: Task, bag: str) -> tuple[Task, np.ndarray]:
+    """Turn a task of tiles into one of bags, whose label and group are those of all their tiles.
+
+    Returns:
+        The task of bags (its encoders still hold tiles), and the bag number of each tile, [T].
+
+    Raises UserError when the column is absent or empty, or a bag holds tiles of two labels or two groups.
+    """
+    if bag not in task.table.columns:
+        raise UserError(f"the embeddings have no column '{bag}' for --bag; {nearest(bag, list(task.table.columns))}")
+    texts = text(task.table[bag])
+    if (texts == "").any():
+        raise UserError(f"{(texts == '').sum()} tiles have no '{bag}', so they belong to no bag; give another --bag")
+    names, first, bags = np.unique(texts, return_index=True, return_inverse=True)
+    for what, codes, of in (("labels", task.labels, task.classes), ("groups", task.groups, task.group_names)):
+        odd = np.flatnonzero(codes != codes[first][bags])
+        if len(odd):
+            mine, other = of[codes[odd[0]]], of[codes[first][bags[odd[0]]]]
+            raise UserError(
+                f"bag '{texts[odd[0]]}' holds tiles of two {what} ('{other}' and '{mine}'); a bag has one: "
+                "give another --bag, --label or --group"
+            )
+    pooled = Task(
+        task.encoders,
+        task.table.iloc[first].reset_index(drop=True),
+        names.astype(object),
+        task.labels[first],
+        task.classes,
+        task.groups[first],
+        task.group_names,
+        task.left_out,
+    )
+    return pooled, bags.astype(np.int64)
+
+
+def text(column: pd.Series) -> np.ndarray:
+    """A column as strings, [N]; what is missing becomes empty, and 1.0 becomes 1."""
+    if column.dtype.kind == "f":
+        values = column.to_numpy()
+        whole = np.isfinite(values) & (values == np.round(values))
+        texts = ["" if np.isnan(v) else str(int(v)) if w else str(v) for v, w in zip(values, whole)]
+    else:
+        texts = ["" if v is None or v != v else str(v).strip() for v in column]
+    return np.array(texts, dtype=object).astype(str)
+
+
+def _read(path: Path) -> Embeddings:
+    embeddings = read_embeddings(path)
+    if "key" not in embeddings.table.columns or not len(embeddings.table):
+        raise UserError(f"{path} holds no tiles")
+    bad = ~np.isfinite(embeddings.features).all(axis=1)
+    keys = embeddings.table["key"]
+    if bad.any():
+        raise UserError(
+            f"{path} holds NaN or infinite features in {bad.sum()} of {len(bad)} rows, the first of tile "
+            f"'{keys[bad.argmax()]}'; the encoder is broken"
+        )
+    repeated = keys.duplicated()
+    if repeated.any():
+        raise UserError(f"{path} holds tile '{keys[repeated.argmax()]}' twice; keys must be unique")
+    return embeddings
+
+
+def _distinct(encoders: list[Embeddings]) -> list[Embeddings]:
+    """Bring all encoders to the first one's order of rows and give each its own name."""
+    first = encoders[0]
+    order = first.table["key"]
+    for other in encoders[1:]:
+        if other.encoder.get("shards") != first.encoder.get("shards"):
+            raise UserError(f"{first.path} and {other.path} were made from different shard sets; embed the same one")
+        missing = len(set(order) ^ set(other.table["key"]))
+        if missing:
+            raise UserError(
+                f"{first.path} and {other.path} do not hold the same tiles ({missing} are in one of them only); "
+                "embed the same shard set with both encoders"
+            )
+        if not order.equals(other.table["key"]):
+            rows = other.table.reset_index().set_index("key")["index"].loc[order].to_numpy()
+            other.features, other.table = other.features[rows], other.table.iloc[rows].reset_index(drop=True)
+    names = [e.name for e in encoders]
+    if len(set(names)) < len(names):
+        names = [e.path.stem if names.count(e.name) > 1 and e.path else e.name for e in encoders]
+    if len(set(names)) < len(names):
+        twice = next(n for n in names if names.count(n) > 1)
+        raise UserError(f"two embeddings go by the name '{twice}'; rename one of the files")
+    return [Embeddings(e.features, e.table, e.encoder | {"name": n}, e.path) for e, n in zip(encoders, names)]
+
+
+def _join(table: pd.DataFrame, path: Path, key: str, label: str) -> pd.DataFrame:
+    """Add the columns of a CSV to the table; rows that the CSV does not name get empty cells."""
+    import pandas as pd
+
+    column = KEYS[key]
+    if column not in table.columns:
+        raise UserError(f"the embeddings have no column '{column}' to join {path} by; give another --key")
+    rows = pd.DataFrame(read_csv(path, [key, label]))
+    if rows.empty:
+        raise UserError(f"{path} has a header but no rows")
+    rows[key] = rows[key].str.strip()
+    repeated = rows[key].duplicated()
+    if repeated.any():
+        raise UserError(f"{path} names {key} '{rows[key][repeated.argmax()]}' twice; one row each")
+    names = text(table[column])
+    added = rows.set_index(key).reindex(names).reset_index(drop=True).drop(columns="key", errors="ignore")
+    if not np.isin(names, rows[key]).any():
+        raise UserError(f"{path} names no {key} of the embeddings (theirs look like '{names[0]}')")
+    own = [c for c in table.columns if c not in added.columns]
+    return pd.concat([table[own], added], axis=1)

@@ -1,0 +1,106 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from eosin.ssl import augment
+from eosin.ssl.augment import crop_boxes, multi_crop, resize_weights
+from eosin.ssl.config import load_config
+
+GIVEN = ["data.shards=s", "run.dir=r", "crops.global_size=64", "crops.local_size=32"]
+
+
+@pytest.fixture
+def tiles():
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(6, 3, 12, 12, generator=generator)
+    return (torch.nn.functional.interpolate(coarse, size=96, mode="bicubic").clamp(0, 1) * 255).byte()
+
+
+def crops(tiles, positions, overrides=()):
+    config = load_config("demo", [*GIVEN, *overrides])
+    return multi_crop(tiles, positions, torch.ones(len(tiles), dtype=torch.bool), config)
+
+
+def test_cropping_and_resizing_equal_torchvision(tiles):
+    boxes = crop_boxes(torch.arange(6), 96, [0.05, 1.0])
+    rows = resize_weights(boxes[:, 0], boxes[:, 2], 96, 40)
+    columns = resize_weights(boxes[:, 1], boxes[:, 3], 96, 40)
+    ours = rows.unsqueeze(1) @ tiles.float() @ columns.transpose(1, 2).unsqueeze(1)
+    for tile, box, out in zip(tiles, boxes.tolist(), ours):
+        theirs = F.resized_crop(tile.float(), *box, [40, 40], InterpolationMode.BICUBIC, antialias=True)
+        torch.testing.assert_close(out, theirs, atol=2e-2, rtol=0)  # of 255
+
+
+def test_boxes_have_the_distribution_of_torchvision():
+    boxes = crop_boxes(torch.arange(4000), 200, [0.32, 1.0]).numpy()
+    image = torch.zeros(3, 200, 200)
+    theirs = np.array([RandomResizedCrop.get_params(image, [0.32, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)])
+    for of in (lambda b: b[:, 2] * b[:, 3] / 200**2, lambda b: np.log(b[:, 3] / b[:, 2]), lambda b: b[:, 0]):
+        ours, reference = of(boxes.astype(float)), of(theirs.astype(float))
+        error = 4 * math.hypot(ours.std(), reference.std()) / math.sqrt(4000)
+        assert abs(ours.mean() - reference.mean()) < error
+        assert abs(ours.std() - reference.std()) < 0.1 * reference.std()
+
+
+def test_hue_gray_and_blur_equal_torchvision(tiles):
+    images = tiles.float() / 255
+    turned = augment._hue(images, torch.full((6, 1, 1), 0.07))
+    torch.testing.assert_close(turned, F.adjust_hue(images, 0.07), atol=1e-5, rtol=0)
+    torch.testing.assert_close(augment._gray(images), F.rgb_to_grayscale(images), atol=1e-3, rtol=0)
+    blurred = augment._blur(images, torch.arange(6), torch.ones(6), [1.2, 1.2])
+    torch.testing.assert_close(blurred, F.gaussian_blur(images, [9, 9], [1.2, 1.2]), atol=1e-5, rtol=0)
+
+
+def test_a_sample_does_not_depend_on_its_batch(tiles):
+    together = crops(tiles, torch.arange(10, 16))
+    alone = crops(tiles[3:4], torch.tensor([13]))
+    for whole, single in zip(together, alone):
+        assert torch.equal(whole[:, 3:4], single)
+
+
+def test_positions_and_views_differ(tiles):
+    same = tiles[:1].expand(2, -1, -1, -1).contiguous()
+    globals_, locals_ = crops(same, torch.tensor([1, 2]))
+    assert not torch.equal(globals_[:, 0], globals_[:, 1])
+    assert not torch.equal(globals_[0], globals_[1])
+    assert len({v.sum().item() for v in locals_[:, 0]}) == len(locals_)
+
+
+def test_with_everything_off_a_full_crop_is_the_tile(tiles):
+    off = ["flips=false", "rotate90=false", "jitter=0", "gray=0", "blur=[0,0,0]", "mean=[0,0,0]", "std=[1,1,1]"]
+    overrides = [f"augment.{o}" for o in off] + ["stain.augment=none", "crops.global_size=96"]
+    globals_, _ = crops(tiles, torch.arange(6), [*overrides, "crops.global_scale=[1,1]"])
+    # No aspect ratio but 1 fits an area of 1, so every draw falls back to the whole image.
+    torch.testing.assert_close(globals_[0], tiles / 255, atol=1e-5, rtol=0)
+
+
+def test_all_eight_symmetries_occur():
+    tile = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    tile[:, :, :16, :32] = 255  # an L-free mark that tells all eight apart
+    tile[:, :, :8, 32:40] = 128
+    off = ["jitter=0", "gray=0", "blur=[0,0,0]", "mean=[0,0,0]", "std=[1,1,1]"]
+    overrides = [f"augment.{o}" for o in off] + ["stain.augment=none", "crops.global_scale=[0.99,1]"]
+    globals_, _ = crops(tile.expand(100, -1, -1, -1), torch.arange(100), overrides)
+    images = globals_[0, :, 0]
+    quadrants = images.view(100, 2, 32, 2, 32).mean(dim=(2, 4)).flatten(1)
+    corner = quadrants.argmax(dim=1)
+    wide = (images > 0.9).any(dim=1).sum(dim=1) > (images > 0.9).any(dim=2).sum(dim=1)
+    assert len(set(zip(corner.tolist(), wide.tolist()))) == 8
+
+
+def test_no_local_crops_is_an_honest_zero(tiles):
+    _, locals_ = crops(tiles, torch.arange(6), ["crops.local_count=0"])
+    assert locals_.shape[0] == 0
+
+
+def test_probabilities_are_met(tiles):
+    many = tiles[:1].expand(400, -1, -1, -1)
+    overrides = ["augment.gray=0.2", "stain.augment=none", "augment.mean=[0,0,0]", "augment.std=[1,1,1]"]
+    globals_, _ = crops(many, torch.arange(400), overrides)
+    gray = (globals_[0] - globals_[0].mean(dim=1, keepdim=True)).abs().amax(dim=(1, 2, 3)) < 1e-5
+    assert abs(gray.float().mean().item() - 0.2) < 4 * math.sqrt(0.2 * 0.8 / 400)

@@ -1,0 +1,135 @@
+import pytest
+import timm
+import torch
+
+from eosin.data_tools.errors import UserError
+from eosin.ssl.backbone import Layout, build_backbone
+from eosin.ssl.config import load_config
+from eosin.ssl.masks import block_masks
+from eosin.ssl.network import Network, StudentTeacher
+from eosin.ssl.optimizer import build_optimizer, set_moment
+from eosin.ssl.schedules import at, base_lr
+
+TINY = ["data.shards=s", "run.dir=r", "crops.global_size=64", "crops.local_size=32", "objective.prototypes=32"]
+
+
+def config(*overrides):
+    return load_config("demo", [*TINY, *overrides])
+
+
+def forward(network, images, masks=None, keys=None, hide=True, rate=0.0):
+    masks = torch.zeros(2 * images[0].shape[1], 16, dtype=torch.bool) if masks is None else masks
+    keys = torch.arange(images[0].shape[1]) if keys is None else keys
+    return network(images, masks, keys, hide=hide, rate=rate)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "args"),
+    [
+        ("vit_tiny_patch16_224", "{depth: 2}"),
+        ("vit_small_patch14_reg4_dinov2", "{depth: 2, patch_size: 16}"),
+        ("vit_giant_patch14_reg4_dinov2", "{depth: 2, embed_dim: 96, num_heads: 3, patch_size: 16, mlp_ratio: 5.3334}"),
+        ("vit_tiny_patch16_224", "{depth: 2, qk_norm: true}"),
+    ],
+    ids=["plain", "registers", "swiglu", "qk-norm"],
+)
+def test_the_packed_pass_equals_timm(architecture, args):
+    settings = config(f"model.architecture={architecture}", f"model.args={args}")
+    network = Network(settings)
+    plain = timm.create_model(architecture, num_classes=0, dynamic_img_size=True, img_size=64, **settings.model.args)
+    plain.load_state_dict(network.backbone.state_dict())
+    images = [torch.randn(2, 3, 3, 64, 64), torch.randn(4, 3, 3, 32, 32)]
+    out = forward(network, images)
+    with torch.no_grad():
+        expected = torch.cat([plain.forward_features(i.flatten(0, 1))[:, 0].view(len(i), 3, -1) for i in images])
+    torch.testing.assert_close(out.cls, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_masked_patches_are_hidden_from_the_student_only():
+    network = Network(config())
+    images = [torch.randn(2, 2, 3, 64, 64)]
+    changed = images[0].clone()
+    changed[0, 0, :, :16, :16] += 5  # patch 0 of crop 0
+    masks = torch.zeros(4, 16, dtype=torch.bool)
+    masks[0, 0] = True
+    hidden = [forward(network, [i], masks).cls for i in (images[0], changed)]
+    shown = [forward(network, [i], masks, hide=False).cls for i in (images[0], changed)]
+    torch.testing.assert_close(*hidden)
+    assert (shown[0] - shown[1]).abs().max() > 1e-4
+
+
+def test_drop_path_is_keyed_by_sample_and_keeps_the_mean():
+    layout = Layout([(4000, 1)], torch.arange(4000), 0.25)
+    keep = layout.keep(1, 0).flatten()
+    torch.testing.assert_close(keep.unique(), torch.tensor([0.0, 4 / 3]))
+    assert abs(keep.mean().item() - 1) < 0.04
+    part = Layout([(2, 1)], torch.tensor([17, 3]), 0.25).keep(1, 0).flatten()
+    assert torch.equal(part, keep[[17, 3]])
+    assert not torch.equal(keep, layout.keep(2, 0).flatten())
+
+
+def test_what_timm_cannot_build_is_one_line():
+    for overrides in (["model.args={depht: 2}"], ["model.architecture=vit_huge_patch99_1"]):
+        with pytest.raises(UserError, match="timm cannot build") as error:
+            build_backbone(
+                config("crops.global_size=99", "crops.local_size=99", *overrides)
+                if "99" in overrides[0]
+                else config(*overrides)
+            )
+        assert "\n" not in str(error.value)
+
+
+def test_the_teacher_moves_by_its_momentum_exactly():
+    model = StudentTeacher(config())
+    for parameter in model.student.parameters():
+        parameter.data += torch.randn_like(parameter)
+    before = [p.clone() for p in model.teacher.parameters()]
+    model.update_teacher(0.9)
+    for old, new, student in zip(before, model.teacher.parameters(), model.student.parameters()):
+        torch.testing.assert_close(new - old, 0.1 * (student - old), atol=1e-6, rtol=1e-5)
+
+
+def test_masks_have_exact_counts_and_depend_on_the_sample_only():
+    masks = block_masks(torch.arange(200), 2, 14, seed=0, probability=0.5, ratio=[0.1, 0.5])
+    share = masks.float().mean(dim=2)
+    masked = share > 0
+    assert abs(masked.float().mean().item() - 0.5) < 0.08
+    assert share[masked].min() >= 0.095
+    assert share[masked].max() <= 0.505
+    alone = block_masks(torch.tensor([150]), 2, 14, seed=0, probability=0.5, ratio=[0.1, 0.5])
+    assert torch.equal(alone[:, 0], masks[:, 150])
+    # Blocks, not confetti: a masked patch has masked neighbors far more often than by chance.
+    grid = masks[masked].view(-1, 14, 14)
+    together = (grid[:, :, 1:] & grid[:, :, :-1]).float().mean() / grid.float().mean()
+    assert together > 1.5 * grid.float().mean()
+
+
+def test_schedules_meet_their_ends():
+    settings = config("run.steps=100", "optim.warmup=10", "data.batch=64", "optim.lr=4e-3")
+    assert base_lr(settings) == pytest.approx(4e-3 / 4)
+    assert at(9, settings).lr == pytest.approx(1e-3)
+    assert at(0, settings).lr == pytest.approx(1e-4)
+    assert at(100, settings).lr == pytest.approx(1e-6)
+    assert (at(0, settings).momentum, at(100, settings).momentum) == (pytest.approx(0.98), pytest.approx(1.0))
+    assert at(0, settings).teacher_temperature == pytest.approx(0.04)
+    assert at(60, settings).teacher_temperature == pytest.approx(0.07)
+    assert at(9, settings).last_layer_frozen
+    assert not at(10, settings).last_layer_frozen
+
+
+def test_parameter_groups_follow_dinov2():
+    settings = config("optim.layer_decay=0.5", "optim.patch_embed_lr=0.2", "run.steps=100")
+    network = Network(settings)
+    optimizer = build_optimizer(network, settings)
+    set_moment(optimizer, at(50, settings))
+    of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    assert len(of) == len(list(network.parameters()))
+    peak = at(50, settings)
+    block = network.backbone.blocks[5].attn
+    assert of[id(block.qkv.weight)]["lr"] == pytest.approx(peak.lr * 0.5)
+    assert of[id(block.qkv.weight)]["weight_decay"] == peak.weight_decay
+    assert of[id(block.qkv.bias)]["weight_decay"] == 0
+    assert of[id(network.backbone.patch_embed.proj.weight)]["lr"] == pytest.approx(peak.lr * 0.5**7 * 0.2)
+    assert of[id(network.dino_head.prototypes)]["lr"] == pytest.approx(peak.lr)
+    set_moment(optimizer, at(0, settings))
+    assert of[id(network.dino_head.prototypes)]["lr"] == 0
