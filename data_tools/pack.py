@@ -252,20 +252,18 @@ def _table(images: list[Image], tiles: Counter[str], bad: Counter[str], mpp: flo
     rows = []
     for slide in shared.index:
         known = shared.loc[slide].to_dict()
-        rows.append(
-            {
-                "slide": slide,
-                "source": slide,
-                "patient": known.pop("patient", "") or slide,
-                "site": known.pop("site", ""),
-                "stain": known.pop("stain", "") or stain,
-                "mpp": np.nan if mpp is None else mpp,
-                "mpp_source": "" if mpp is None else "override",
-                "tiles": tiles[slide],
-                "dropped_refused": bad[slide],
-                "state": "done" if tiles[slide] else "refused",
-                "reason": "" if tiles[slide] else "none of its images can be used",
-                **known,
-            }
-        )
+        ours = {
+            "slide": slide,
+            "source": slide,
+            "patient": known.pop("patient", "") or slide,
+            "site": known.pop("site", ""),
+            "stain": known.pop("stain", "") or stain,
+            "mpp": np.nan if mpp is None else mpp,
+            "mpp_source": "" if mpp is None else "override",
+            "tiles": tiles[slide],
+            "dropped_refused": bad[slide],
+            "state": "done" if tiles[slide] else "refused",
+            "reason": "" if tiles[slide] else "none of its images can be used",
+        }
+        rows.append(ours | {f"given_{name}" if name in ours else name: value for name, value in known.items()})
     return pd.DataFrame(rows)

@@ -185,10 +185,13 @@ class ShardSet:
             raise UserError(
                 f"{self.folder}/dataset.json has schema {self.dataset.get('schema')!r}; this version reads {SCHEMA}"
             )
-        self.tile_size: int = self.dataset["tile_size"]
-        self.mpp: float | None = self.dataset["mpp"]
-        self.tars = [self.folder / s["file"] for s in self.dataset["shards"]]
-        self.indices = [self._map_index(tar, s) for tar, s in zip(self.tars, self.dataset["shards"])]
+        try:
+            self.tile_size: int = self.dataset["tile_size"]
+            self.mpp: float | None = self.dataset["mpp"]
+            self.tars = [self.folder / s["file"] for s in self.dataset["shards"]]
+            self.indices = [self._map_index(tar, s) for tar, s in zip(self.tars, self.dataset["shards"])]
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{self.folder}/dataset.json is incomplete ({error}); make the shard set again") from None
         self.starts = np.cumsum([0, *(len(i) for i in self.indices)])
         self._files: dict[int, int] = {}
 

@@ -44,7 +44,7 @@ MAX_PEN = 0.02
 # Below this standard deviation of gray a tile shows nothing, whatever the thumbnail promised.
 MIN_CONTRAST = 4.0
 # Share of a tile's contrast that is finer than two pixels; below it nothing is in focus.
-MIN_SHARPNESS = 0.05
+MIN_SHARPNESS = 0.035
 # A slide of which more tiles than this cannot be decoded is damaged, and is refused as a whole.
 MAX_UNREADABLE = 0.05
 # Small slides get a finer thumbnail, so that their outline is as good.

@@ -26,7 +26,7 @@ from eosin.data_tools.progress import progress
 from eosin.data_tools.shards import ShardSet
 from eosin.data_tools.stream import decode
 from eosin.eval.encoders import Encoder
-from eosin.ssl.stain.normalizer import Normalizer, describe_reference, make_normalizer
+from eosin.ssl.stain.normalizer import Normalizer, make_normalizer
 
 BAD_BOUND = 0.01
 BAD_ALWAYS_ALLOWED = 3
@@ -62,7 +62,7 @@ def embed(encoder: Encoder, shards: ShardSet, out: Path, batch_size: int = 64) -
             cannot be used, or the encoder gives values that are not finite.
     """
     normalizer = make_normalizer(encoder.stain, shards)
-    fingerprint = encoder.fingerprint | _data_fingerprint(shards, encoder.stain)
+    fingerprint = encoder.fingerprint | _data_fingerprint(shards)
     if out.exists():
         there = read_embeddings(out)
         if there.encoder != fingerprint:
@@ -103,13 +103,9 @@ def refused_path(out: Path) -> Path:
     return out.with_suffix(".refused.csv")
 
 
-def _data_fingerprint(shards: ShardSet, stain: str) -> dict[str, Any]:
+def _data_fingerprint(shards: ShardSet) -> dict[str, Any]:
     identity = hashlib.sha256(" ".join(s["sha256"] for s in shards.dataset["shards"]).encode()).hexdigest()
-    return {
-        "shards": identity,
-        "slides": sha256(shards.folder / "slides.parquet"),
-        "normalizer": describe_reference(stain),
-    }
+    return {"shards": identity, "slides": sha256(shards.folder / "slides.parquet")}
 
 
 def _features(

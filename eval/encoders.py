@@ -230,12 +230,15 @@ def _release_stain(path: Path) -> str:
 def _model_encoder(
     name: str, model: nn.Module, preprocessing: dict[str, Any], stain: str, pooling: str, device: torch.device
 ) -> Encoder:
+    from eosin.ssl.stain.normalizer import describe_reference
+
     model = model.eval().requires_grad_(False)
     fingerprint = {
         "name": name,
         "weights": weights_sha256(model),
         "preprocessing": preprocessing,
         "stain": stain,
+        "normalizer": describe_reference(stain),
         "pooling": pooling,
     }
     model = model.to(device)

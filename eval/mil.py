@@ -40,11 +40,11 @@ class GatedAttention(nn.Module):
 
     def __init__(self, dimension: int, n_classes: int, protocol: AttentionProtocol) -> None:
         super().__init__()
-        self.embed = nn.Sequential(nn.Linear(dimension, protocol.width), nn.ReLU(), nn.Dropout(protocol.dropout))
+        self.embed = nn.Sequential(nn.Linear(dimension, protocol.width), nn.ReLU())
         self.value = nn.Linear(protocol.width, protocol.attention_width)
         self.gate = nn.Linear(protocol.width, protocol.attention_width)
         self.score = nn.Linear(protocol.attention_width, 1)
-        self.classify = nn.Linear(protocol.width, n_classes)
+        self.classify = nn.Sequential(nn.Dropout(protocol.dropout), nn.Linear(protocol.width, n_classes))
 
     def forward(self, tiles: torch.Tensor, bags: torch.Tensor, n_bags: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Score bags.

@@ -180,7 +180,7 @@ def _distinct(encoders: list[Embeddings]) -> list[Embeddings]:
             other.features, other.table = other.features[rows], other.table.iloc[rows].reset_index(drop=True)
     names = [e.name for e in encoders]
     if len(set(names)) < len(names):
-        names = [e.path.stem if names.count(e.name) > 1 and e.path else e.name for e in encoders]
+        names = [f"{e.name} ({e.path.stem})" if names.count(e.name) > 1 and e.path else e.name for e in encoders]
     if len(set(names)) < len(names):
         twice = next(n for n in names if names.count(n) > 1)
         raise UserError(f"two embeddings go by the name '{twice}'; rename one of the files")

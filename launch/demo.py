@@ -33,7 +33,7 @@ def run_demo(out: Path, *, slides: Path | None, table: Path | None, seed: int, p
         UserError: ``out`` holds something else, or a demo of other settings.
     """
     began = time.monotonic()
-    settings = {
+    settings: dict[str, str | int | None] = {
         "slides": str(slides.resolve()) if slides else None,
         "table": str(table.resolve()) if table else None,
         "seed": seed,
@@ -68,7 +68,7 @@ def run_demo(out: Path, *, slides: Path | None, table: Path | None, seed: int, p
     return max(codes)
 
 
-def _claim(out: Path, settings: dict[str, object]) -> None:
+def _claim(out: Path, settings: dict[str, str | int | None]) -> None:
     """Make ``out`` this demo's folder, or find that it is."""
     import json
 

@@ -52,7 +52,7 @@ def export(run: Path, out: Path, *, results: list[Path], name: str) -> None:
             "interpolation": "bicubic",
             "crop_pct": 1.0,
         }
-        save_for_hf(backbone, folder, safe_serialization=True, data_config=data_config)
+        save_for_hf(backbone, str(folder), safe_serialization=True, data_config=data_config)
         (folder / "model.safetensors").chmod(0o644)
         _drop_num_classes(folder / "config.json")
         preprocessing = _preprocessing(config)

@@ -20,19 +20,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the launchers ``local``, ``torchrun`` and ``slurm`` to the parser of ``eosin launch``."""
     launchers = parser.add_subparsers(dest="launcher", required=True, metavar="local|torchrun|slurm")
 
-    def launcher(name: str, summary: str, example: str) -> argparse.ArgumentParser:
+    def launcher(name: str, needs: str, summary: str, example: str) -> argparse.ArgumentParser:
         return launchers.add_parser(
             name,
             help=summary,
             description=summary,
-            usage=f"eosin launch {name} [options] -- VERB ...",
+            usage=f"eosin launch {name}{needs} [options] -- VERB ...",
             epilog=f"example: eosin launch {name} {example}",
             formatter_class=parser.formatter_class,
         )
 
-    local = launcher("local", "run a verb in this process", "-- verify shards")
+    local = launcher("local", "", "run a verb in this process", "-- verify shards")
     torchrun = launcher(
         "torchrun",
+        " --nproc N",
         "run a verb on several processes of this machine",
         "--nproc 2 -- train demo data.shards=shards run.dir=run",
     )
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     slurm = launcher(
         "slurm",
+        " --job-dir DIR",
         "submit a verb as a SLURM job; what is saved before a time limit is requeued and continues",
         "--nodes 2 --gpus-per-node 8 --time 24:00:00 --job-dir jobs -- train demo data.shards=shards run.dir=run",
     )

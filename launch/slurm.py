@@ -128,10 +128,10 @@ def _run_task(rank: Rank) -> None:
     """What every srun task runs: the rank, as if nothing but torchrun's variables had started it."""
     for signum in (signal.SIGTERM, signal.SIGCONT, signal.SIGUSR2):
         signal.signal(signum, signal.SIG_DFL)  # submitit had taken them
-    slurm = os.environ
-    os.environ.update(RANK=slurm["SLURM_PROCID"], WORLD_SIZE=slurm["SLURM_NTASKS"], LOCAL_RANK=slurm["SLURM_LOCALID"])
-    os.environ["LOCAL_WORLD_SIZE"] = str(int(slurm["SLURM_NTASKS"]) // int(slurm["SLURM_JOB_NUM_NODES"]))
-    record = _record(Path(slurm["SUBMITIT_FOLDER"]), int(slurm["SLURM_PROCID"]))
+    env = os.environ
+    env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = env["SLURM_PROCID"], env["SLURM_NTASKS"], env["SLURM_LOCALID"]
+    env["LOCAL_WORLD_SIZE"] = str(int(env["SLURM_NTASKS"]) // int(env["SLURM_JOB_NUM_NODES"]))
+    record = _record(Path(env["SUBMITIT_FOLDER"]), int(env["RANK"]))
     record.unlink(missing_ok=True)
     code = rank()
     record.write_text(str(code))

@@ -124,7 +124,8 @@ def _views(
 
     if config.stain.augment == "hed":
         out = hed_jitter(out, keys, config.stain.hed_sigma, he.repeat_interleave(count))
-    out = _color(out, keys, augment)
+    matrices, offsets = color_maps(out, keys, augment)
+    out = (matrices @ out.flatten(2)).add_(offsets).clamp_(0, 1).view_as(out)
     blur = torch.tensor([augment.blur[min(v, 2)] for v in views], device=out.device).repeat(batch)
     out = _blur(out, keys, blur, augment.blur_sigma)
     if augment.solarize and 1 in views:
@@ -134,48 +135,49 @@ def _views(
     return out.view(batch, count, 3, size, size).transpose(0, 1)
 
 
-def _color(images: torch.Tensor, keys: torch.Tensor, augment: Augment) -> torch.Tensor:
-    """Brightness, contrast, saturation, hue (each crop with probability ``jitter``), then gray."""
-    chosen = uniform(keys, purpose("jitter")) < augment.jitter
+def color_maps(images: torch.Tensor, keys: torch.Tensor, augment: Augment) -> tuple[torch.Tensor, torch.Tensor]:
+    """Brightness, contrast, saturation and hue (with probability ``jitter``), then gray, as one affine map a crop.
+
+    Each of these is linear in the color of a pixel, so a crop needs one 3×3 matrix and one offset and is clipped once,
+    where torchvision clips after every step. Hue turns about the gray axis in YIQ, where torchvision turns in HSV.
+
+    Args:
+        images: [N, 3, H, W] in [0, 1], for the mean gray that contrast keeps.
+        keys: [N] int64.
+
+    Returns:
+        Matrices [N, 3, 3] and offsets [N, 1, 1]: new color = matrix @ color + offset.
+    """
 
     def factor(name: str, strength: float) -> torch.Tensor:
         drawn = 1 + strength * (2 * uniform(keys, purpose(name)) - 1)
-        return drawn.clamp(min=0).view(-1, 1, 1, 1)
+        return drawn.clamp(min=0).view(-1, 1, 1)
 
-    out = (images * factor("brightness", augment.brightness)).clamp(0, 1)
-    mean = _gray(out).mean(dim=(2, 3), keepdim=True)
-    out = (mean + (out - mean) * factor("contrast", augment.contrast)).clamp(0, 1)
-    gray = _gray(out)
-    out = (gray + (out - gray) * factor("saturation", augment.saturation)).clamp(0, 1)
-    if augment.hue:
-        turn = augment.hue * (2 * uniform(keys, purpose("hue")) - 1)
-        out = _hue(out, turn.view(-1, 1, 1))
-    out = _where(chosen, out, images)
-    return _where(uniform(keys, purpose("gray")) < augment.gray, _gray(out).expand_as(out), out)
+    one = torch.eye(3, device=images.device)
+    gray = images.new_tensor(GRAY).expand(3, 3)  # takes a color to its luma
+    brightness, contrast = factor("brightness", augment.brightness), factor("contrast", augment.contrast)
+    saturation = factor("saturation", augment.saturation)
+    turn = 2 * math.pi * augment.hue * (2 * uniform(keys, purpose("hue")) - 1)
+    matrices = _hue_rotation(turn) @ (saturation * one + (1 - saturation) * gray) * contrast * brightness
+    luma = (images.mean(dim=(2, 3)) @ gray[0]).view(-1, 1, 1)
+    offsets = (1 - contrast) * brightness * luma
+
+    chosen = uniform(keys, purpose("jitter")) < augment.jitter
+    matrices, offsets = _where(chosen, matrices, one), _where(chosen, offsets, torch.zeros_like(offsets))
+    grayed = uniform(keys, purpose("gray")) < augment.gray
+    # The offset is the same in all channels, and luma keeps it.
+    return _where(grayed, gray @ matrices, matrices), offsets
 
 
-def _gray(images: torch.Tensor) -> torch.Tensor:
-    weights = images.new_tensor(GRAY).view(1, 3, 1, 1)
-    return (images * weights).sum(dim=1, keepdim=True)
-
-
-def _hue(images: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
-    """Turn the hue of RGB images in [0, 1] by ``turn`` (in turns) through HSV, as torchvision does."""
-    red, green, blue = images.unbind(1)
-    value, minimum = images.amax(dim=1), images.amin(dim=1)
-    chroma = value - minimum
-    safe = torch.where(chroma == 0, 1.0, chroma)
-    hue = torch.where(
-        value == red,
-        (green - blue) / safe,
-        torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
+def _hue_rotation(angle: torch.Tensor) -> torch.Tensor:
+    """Matrices [N, 3, 3] that turn the chroma of RGB by ``angle``, [N] radians, in the NTSC's YIQ."""
+    to_yiq = torch.tensor(
+        [GRAY, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135)], device=angle.device
     )
-    hue = hue / 6 + turn  # the sign and whole turns vanish in the next line
-    channels = []
-    for offset in (5, 3, 1):
-        k = (offset + hue * 6) % 6
-        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
-    return torch.stack(channels, dim=1)
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    zero, unit = torch.zeros_like(angle), torch.ones_like(angle)
+    rotation = torch.stack([unit, zero, zero, zero, cos, -sin, zero, sin, cos], dim=1).view(-1, 3, 3)
+    return torch.linalg.inv(to_yiq) @ rotation @ to_yiq
 
 
 def _blur(images: torch.Tensor, keys: torch.Tensor, probability: torch.Tensor, sigma: list[float]) -> torch.Tensor:
@@ -204,4 +206,4 @@ def _cubic(distance: torch.Tensor) -> torch.Tensor:
 
 def _where(chosen: torch.Tensor, yes: torch.Tensor, no: torch.Tensor) -> torch.Tensor:
     """Choose a whole sample by ``chosen``, [N]."""
-    return torch.where(chosen.view(-1, *[1] * (no.dim() - 1)), yes, no)
+    return torch.where(chosen.view(-1, *[1] * (yes.dim() - 1)), yes, no)

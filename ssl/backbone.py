@@ -48,8 +48,8 @@ class Layout:
 class PackedBlock(Block):
     """timm's transformer block; with a layout, its input [1, T, D] holds the tokens of many crops."""
 
-    def __init__(self, *args: Any, depth: int = 0, **kwargs: Any) -> None:
-        super().__init__(*args, depth=depth, **kwargs)
+    def __init__(self, dim: int, *, depth: int = 0, **kwargs: Any) -> None:
+        super().__init__(dim, depth=depth, **kwargs)
         self.depth = depth
 
     def forward(
@@ -66,7 +66,7 @@ class PackedBlock(Block):
         return x + _scaled(self.ls2(self.mlp(self.norm2(x))), layout.keep(self.depth, 1))
 
     def _attend(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
-        attn = self.attn
+        attn: Any = self.attn
         qkv = attn.qkv(x[0]).view(-1, 3, attn.num_heads, attn.head_dim)  # [T, 3, H, D/H]
         outputs = []
         for part, (crops, tokens) in zip(qkv.split([n * t for n, t in layout.groups]), layout.groups):
@@ -90,11 +90,11 @@ def build_backbone(config: Config, *, packed: bool = False) -> VisionTransformer
     Raises:
         UserError: timm does not know the architecture or one of ``model.args``.
     """
-    extra = {"block_fn": PackedBlock} if packed else {}
-    arguments = model_arguments(config.model)
-    arguments.setdefault("img_size", config.crops.global_size)
+    arguments = {"img_size": config.crops.global_size} | model_arguments(config.model)
+    if packed:
+        arguments["block_fn"] = PackedBlock
     try:
-        backbone = create_model(**arguments, **extra)
+        backbone = create_model(**arguments)
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
         raise UserError(
             f"model: timm cannot build '{config.model.architecture}' with args {config.model.args}: "

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -60,7 +60,7 @@ class Augment(Section):
     saturation: NonNegative = 0.2
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     gray: Probability = 0.2
-    blur: list[Probability] = Field([1.0, 0.1, 0.5], min_length=3, max_length=3)  # global 1, global 2, local
+    blur: Annotated[list[Probability], Field(min_length=3, max_length=3)] = [1.0, 0.1, 0.5]  # global 1, 2, local
     blur_sigma: Range = [0.1, 2.0]
     solarize: Probability = 0.0  # of the second global crop
     mean: RGB = [0.485, 0.456, 0.406]
@@ -226,7 +226,7 @@ def _shipped(recipe: str) -> str:
     return nearest(Path(recipe).stem, configs.names())
 
 
-def _load_tree(path: Path, seen: tuple[Path, ...]) -> DictConfig | ListConfig:
+def _load_tree(path: Path, seen: tuple[Path, ...]) -> Any:
     if path.resolve() in seen:
         raise UserError(f"{path}: 'base:' leads back to the file itself; break the circle")
     tree = _load_yaml(path)

@@ -19,7 +19,13 @@ LEAST = 4
 
 
 def block_masks(
-    positions: torch.Tensor, views: int, grid: int, *, seed: int, probability: float, ratio: list[float]
+    positions: torch.Tensor,
+    views: int,
+    grid: int,
+    *,
+    seed: int,
+    probability: float,
+    ratio: tuple[float, float] | list[float],
 ) -> torch.Tensor:
     """Masks of ``views`` global crops for each of B samples, [views, B, grid·grid] bool, on the CPU.
 
@@ -34,7 +40,7 @@ def block_masks(
         for i, position in enumerate(positions.tolist()):
             rng = generator(MASK, seed, position, view)
             if rng.random() < probability:
-                _fill(masks[view, i], round(grid * grid * rng.uniform(*ratio)), rng)
+                _fill(masks[view, i], round(grid * grid * rng.uniform(ratio[0], ratio[1])), rng)
     return torch.from_numpy(masks).flatten(2)
 
 

@@ -148,7 +148,8 @@ class StudentTeacher(nn.Module):
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
         """Move every weight of the teacher by (1 - momentum) of its distance to the student's."""
-        teacher, student = list(self.teacher.parameters()), [p.detach() for p in self.student.parameters()]
+        teacher = [p.detach() for p in self.teacher.parameters()]
+        student = [p.detach() for p in self.student.parameters()]
         torch._foreach_lerp_(teacher, student, 1 - momentum)
 
     def _targets(self, scores: torch.Tensor, name: str, temperature: float) -> torch.Tensor:

@@ -37,8 +37,8 @@ def at(step: int, config: Config) -> Moment:
     warm = min(step / objective.teacher_temperature_warmup, 1) if objective.teacher_temperature_warmup else 1.0
     return Moment(
         lr=lr,
-        weight_decay=cosine(*optim.weight_decay, step / steps),
-        momentum=cosine(*objective.momentum, step / steps),
+        weight_decay=cosine(optim.weight_decay[0], optim.weight_decay[1], step / steps),
+        momentum=cosine(objective.momentum[0], objective.momentum[1], step / steps),
         teacher_temperature=low + (high - low) * warm,
         last_layer_frozen=step < optim.freeze_last_layer,
     )

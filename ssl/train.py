@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import signal
 import sys
 import time
@@ -171,7 +172,7 @@ class _Log:
         now = time.monotonic()
         k = min(5, len(cls) - 1)
         rate, chance = same_group_rate(cls, slides, k) if k > 0 else (float("nan"), float("nan"))
-        record = {
+        record: dict[str, float | None] = {
             "step": done,
             **means,
             "lr": moment.lr,
@@ -187,7 +188,8 @@ class _Log:
             "bad_tiles": len(self.bad),
         }
         self.clock, self.clock_step = now, done
-        record = {k: None if v != v or v in (float("inf"), float("-inf")) else v for k, v in record.items()}
+        # JSON has no NaN.
+        record = {k: v if v is not None and math.isfinite(v) else None for k, v in record.items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         for name, value in record.items():

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from eosin.eval.report.material import Material
-from eosin.eval.report.page import Section, Words
+from eosin.eval.report.page import Block, Section, Words
 from eosin.ssl.stain.normalizer import HE
 
 FEW_PATIENTS = 20
@@ -21,8 +21,8 @@ def limits(m: Material) -> Section:
     """The limits as a list, the fixed line last."""
     lines = [*_slides(m), *_places(m), *_looks(m), *_classes(m), *_training(m)]
     lead = "What a model never saw it cannot be trusted with; this list is derived from the data of this run."
-    blocks = [Words(lines, "list"), Words([NOT_A_DEVICE], "warning")]
-    return Section("limits", "What it was not shown", lead, [*blocks])
+    blocks: list[Block] = [Words(lines, "list"), Words([NOT_A_DEVICE], "warning")]
+    return Section("limits", "What it was not shown", lead, blocks)
 
 
 def _slides(m: Material) -> Iterator[str]:

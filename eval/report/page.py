@@ -7,6 +7,7 @@ knows nothing of runs, slides or probes.
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 
@@ -54,8 +55,8 @@ class Legend:
 class Table:
     """A table; a cell is text or a list of pictures. Rows of ``quiet`` are set back, such as chance."""
 
-    head: list[str]
-    rows: list[list[str | list[Picture]]]
+    head: Sequence[str]
+    rows: Sequence[Sequence[str | list[Picture]]]
     caption: str = ""
     quiet: frozenset[int] = frozenset()
     kind: str = "table"

@@ -24,7 +24,7 @@ INK, SOFT, LINE = "#24222c", "#6a6675", "#e2dfe8"
 PURPLE, ORANGE, BLUE, GREEN, GRAY = "#4a3f8c", "#d55e00", "#0072b2", "#009e73", "#8c8894"
 # Okabe and Ito's palette without yellow, which white paper swallows.
 CATEGORIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", GRAY)
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "text.parse_math": False,  # names come from files, and a dollar sign in one is no formula
@@ -165,6 +165,7 @@ def stains(
             left.annotate(
                 ("hematoxylin", "eosin")[stain], (target[0], target[2]), (9, 7), textcoords="offset points", fontsize=9
             )
+        left.margins(0.14)
         left.set(xlabel="red part of the stain's density", ylabel="blue part", title="Stain vectors of each slide")
         for name in names[: len(CATEGORIES)]:
             last = name == names[len(CATEGORIES) - 1 :][0] if len(names) > len(CATEGORIES) else False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shlex
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ def verdict(m: Material) -> Section:
     blocks: list[Block] = [Words(findings.headline(found), "verdict")]
     blocks += _warnings(_strangers(m))
     caption = f"{findings.METRICS[findings.PRIMARY].capitalize()} with 95 % intervals."
-    blocks.append(Table(head, list(rows), caption))
+    blocks.append(Table(head, rows, caption))
     blocks.append(Words([findings.sentence(probe) for probe in found], "list"))
     notes = dict.fromkeys(note for r in m.results for note in r.data.get("notes", []))
     blocks += [Words(list(notes))] if notes else []
@@ -63,7 +64,7 @@ def inputs(m: Material) -> Section:
     ]
     if "tissue_mm2" in m.slides:
         facts.append(("tissue", f"{m.slides['tissue_mm2'].sum():,.1f} mm²"))
-    blocks: list[Block] = [Table([], [list(f) for f in facts])]
+    blocks: list[Block] = [Table([], facts)]
     if m.synthetic.any():
         blocks.insert(0, Words([_synthetic(m)], "warning"))
     blocks += [b for b in (_composition(m), _dropped(m), _refused(m)) if b]
@@ -96,13 +97,13 @@ def probes(m: Material) -> Section:
         rows = findings.metric_rows(probe)
         head = ["Encoder", *findings.METRICS.values()]
         caption = f"{probe.title}: {probe.conditions}; {probe.data['groups']} groups."
-        blocks.append(Table(head, list(rows), caption, frozenset([len(rows) - 1])))
+        blocks.append(Table(head, rows, caption, frozenset([len(rows) - 1])))
     for result in m.results:
         rows = findings.difference_rows(result)
         if rows:
             head = ["Paired difference", label, ""]
             name = findings.PROTOCOLS.get(result.data["protocol"], result.data["protocol"])
-            blocks.append(Table(head, list(rows), f"{name}: differences under the same draws of groups."))
+            blocks.append(Table(head, rows, f"{name}: differences under the same draws of groups."))
         blocks += [Words([f"Left out: {n} with {why}."]) for why, n in result.data.get("left_out", {}).items()]
     return Section("probes", "Probes", lead, blocks)
 
@@ -122,20 +123,30 @@ def reproduction(m: Material) -> Section:
         ("seed", str(m.config.run.seed)),
         ("shards (sha256)", _listed([s["sha256"][:16] for s in m.shards.dataset["shards"]], 4)),
     ]
-    blocks: list[Block] = [Table([], [list(f) for f in facts]), Listing("\n".join(_commands(m)))]
+    blocks: list[Block] = [Table([], facts), Listing("\n".join(_commands(m)))]
     prints = {r.get("encoder", r["name"]): r["fingerprint"] for result in m.results for r in result.data["encoders"]}
     if prints:
         rows = [[name, *_print_cells(p)] for name, p in prints.items()]
         head = ["Encoder", "Weights (sha256)", "Pooling", "Input", "Stain normalizer"]
-        blocks.append(Table(head, list(rows), "What made the features."))
+        blocks.append(Table(head, rows, "What made the features."))
     if m.release is not None:
-        load = f'timm.create_model("local-dir:{m.release}", pretrained=True)'
-        blocks += [Words(["The release of this run loads without eosin:"]), Listing(load)]
+        blocks += _release(m, m.release)
     else:
         blocks.append(Words(["Not released yet: 'eosin export RUN --out RELEASE' makes a folder that timm loads."]))
     config = OmegaConf.to_yaml(OmegaConf.create(m.config.model_dump()))
     blocks.append(Listing(config, "The run's whole configuration (config.yaml)"))
     return Section("reproduction", "How to do it again", "Everything that decides the numbers above.", blocks)
+
+
+def _release(m: Material, folder: Path) -> list[Block]:
+    from eosin.eval.encoders import load_encoder, weights_sha256
+
+    released = load_encoder(str(folder)).fingerprint["weights"]
+    load = Listing(f'timm.create_model("local-dir:{folder}", pretrained=True)')
+    if m.teacher is None or released != weights_sha256(m.teacher):
+        stale = f"The release {folder} does not hold the weights of the newest checkpoint: export the run again."
+        return [Words([stale], "warning"), load]
+    return [Words(["The release holds the weights of this checkpoint and loads without eosin:"]), load]
 
 
 def _strangers(m: Material) -> list[str]:
@@ -171,7 +182,7 @@ def _composition(m: Material) -> Table | None:
     grouped = table[table["tiles"] > 0].groupby(columns)
     counts = grouped.agg(slides=("tiles", "size"), patients=("patient", "nunique"), tiles=("tiles", "sum"))
     counts = counts.reset_index()
-    rows: list[list[Any]] = [
+    rows = [
         [*(v or "–" for v in row[: len(columns)]), *(f"{n:,}" for n in row[len(columns) :])]
         for row in counts.head(MOST_ROWS).itertuples(index=False)
     ]
@@ -180,12 +191,12 @@ def _composition(m: Material) -> Table | None:
 
 
 def _dropped(m: Material) -> Table | None:
-    dropped = {c.removeprefix("dropped_"): int(m.slides[c].sum()) for c in m.slides if c.startswith("dropped_")}
+    dropped = {r: int(m.slides[f"dropped_{r}"].sum()) for r in REASONS if f"dropped_{r}" in m.slides}
     if not dropped:
         return None
     total = len(m.shards) + sum(dropped.values())
-    entries = [("kept", len(m.shards)), *((f"dropped: {REASONS.get(r, r)}", n) for r, n in dropped.items() if n)]
-    rows: list[list[Any]] = [[what, f"{n:,}", f"{100 * n / total:.1f} %"] for what, n in entries]
+    entries = [("kept", len(m.shards)), *((f"dropped: {REASONS[r]}", n) for r, n in dropped.items() if n)]
+    rows = [[what, f"{n:,}", f"{100 * n / total:.1f} %"] for what, n in entries]
     return Table(["Places on the slides' grid", "tiles", "share"], rows)
 
 
@@ -196,7 +207,7 @@ def _refused(m: Material) -> Table | None:
     if not len(bad):
         return None
     names = m.column("source") if "source" in m.slides else m.column("slide")
-    rows: list[list[Any]] = [[str(names[n]), str(bad["reason"][n] or "gave no tile")] for n in bad.index[:MOST_ROWS]]
+    rows = [[str(names[n]), str(bad["reason"][n] or "gave no tile")] for n in bad.index[:MOST_ROWS]]
     more = f", the first {MOST_ROWS} of {len(bad)}" if len(bad) > MOST_ROWS else ""
     return Table(["Refused slide", "Reason"], rows, f"Slides that gave nothing, with the reason{more}.")
 

@@ -138,7 +138,7 @@ def test_phantoms(phantoms):
         )
         found.append((overlap(tissue.mask & ~pen, truth & ~pen), (tissue.mask & pen).sum(), pen.sum()))
         if pen.any():
-            assert tissue.rejected[f"pen_{row['pen_ink']}"].any()
+            assert tissue.pen.any()
         else:
             assert not tissue.pen.any()
     overlaps, leaked, pens = np.array(found).T

@@ -25,7 +25,7 @@ def tell(folder):
     dist.init_process_group("gloo")
     total = torch.tensor([float(dist.get_rank() + 1)])
     dist.all_reduce(total)
-    told = {"sum": total.item(), "world": dist.get_world_size(), "threads": torch.get_num_threads()}
+    told = {"sum": total.item(), "world": dist.get_world_size()}
     dist.destroy_process_group()
     Path(folder, f"{os.environ['RANK']}.json").write_text(json.dumps(told))
     return 0
@@ -40,7 +40,7 @@ def leave(folder, *codes):
     if code == "late 0":
         time.sleep(2)
         code = 0
-    Path(folder, f"left-{os.environ['RANK']}").touch()
+    Path(folder, f"left-{os.environ['RANK']}").write_text(os.environ["OMP_NUM_THREADS"])
     return code
 
 def save(folder):
@@ -82,24 +82,14 @@ def wait_for(*paths: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_are_one_group(tmp_path):
-    launcher = start(tmp_path, f"ranks.tell, {str(tmp_path)!r}", nproc=2)
-    output, _ = launcher.communicate(timeout=200)
-    assert launcher.returncode == 0, output
-    threads = max(1, len(os.sched_getaffinity(0)) // 2)
-    for rank in (0, 1):
-        expected = f'{{"sum": 3.0, "world": 2, "threads": {threads}}}'
-        assert (tmp_path / f"{rank}.json").read_text() == expected
-
-
-@pytest.mark.slow
 def test_two_machines_are_one_group(tmp_path, free_port):
     call, rendezvous = f"ranks.tell, {str(tmp_path)!r}", f"127.0.0.1:{free_port}"
     machines = [start(tmp_path, call, nproc=1, nnodes=2, node_rank=node, rendezvous=rendezvous) for node in (0, 1)]
     for machine in machines:
         output, _ = machine.communicate(timeout=200)
         assert machine.returncode == 0, output
-    assert '"sum": 3.0, "world": 2' in (tmp_path / "1.json").read_text()
+    for rank in (0, 1):
+        assert (tmp_path / f"{rank}.json").read_text() == '{"sum": 3.0, "world": 2}'
 
 
 @pytest.mark.slow
@@ -116,7 +106,9 @@ def test_the_launcher_leaves_with_the_ranks_code(tmp_path, codes, exit_code):
     output, _ = launcher.communicate(timeout=200)
     assert launcher.returncode == exit_code, output
     assert "Traceback" not in output
-    assert (tmp_path / "left-0").exists() == (codes[0] == "late 0"), "a rank that refused something ended the other"
+    if codes[0] == "late 0":  # a rank that refused something does not end the other
+        threads = max(1, len(os.sched_getaffinity(0)) // 2)
+        assert (tmp_path / "left-0").read_text() == str(threads)
     if (tmp_path / "hanging").exists():
         with pytest.raises(ProcessLookupError):
             os.kill(int((tmp_path / "hanging").read_text()), 0)

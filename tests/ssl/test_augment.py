@@ -1,3 +1,4 @@
+import colorsys
 import math
 
 import numpy as np
@@ -9,7 +10,7 @@ from torchvision.transforms.v2 import functional as F
 
 from eosin.ssl import augment
 from eosin.ssl.augment import crop_boxes, multi_crop, resize_weights
-from eosin.ssl.config import load_config
+from eosin.ssl.config import Augment, load_config
 
 GIVEN = ["data.shards=s", "run.dir=r", "crops.global_size=64", "crops.local_size=32"]
 
@@ -47,11 +48,47 @@ def test_boxes_have_the_distribution_of_torchvision():
         assert abs(ours.std() - reference.std()) < 0.1 * reference.std()
 
 
-def test_hue_gray_and_blur_equal_torchvision(tiles):
+def jittered(images, **strengths):
+    """Apply color maps of the given strengths only; return the result and the maps."""
+    off = {"jitter": 1.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0, "gray": 0.0}
+    matrices, offsets = augment.color_maps(images, torch.arange(len(images)), Augment(**(off | strengths)))
+    return (matrices @ images.flatten(2) + offsets).view_as(images), matrices, offsets
+
+
+def test_brightness_contrast_and_saturation_equal_torchvision(tiles):
+    images = 0.4 + 0.1 * tiles.float() / 255  # far from where torchvision clips
+    bright, matrices, _ = jittered(images, brightness=0.4)
+    contrast, contrast_matrices, _ = jittered(images, contrast=0.4)
+    saturated, _, _ = jittered(images, saturation=0.4)
+    for i, image in enumerate(images):
+        torch.testing.assert_close(bright[i], F.adjust_brightness(image, matrices[i, 0, 0].item()))
+        factor = contrast_matrices[i, 0, 0].item()
+        torch.testing.assert_close(contrast[i], F.adjust_contrast(image, factor), atol=1e-4, rtol=0)
+        chroma = [c - F.rgb_to_grayscale(c) for c in (saturated[i], image)]
+        factor = ((chroma[0] * chroma[1]).sum() / chroma[1].square().sum()).item()
+        torch.testing.assert_close(saturated[i], F.adjust_saturation(image, factor), atol=1e-3, rtol=0)
+        assert abs(factor - 1) <= 0.4
+
+
+def test_hue_turns_the_chroma_and_keeps_luma(tiles):
+    images = tiles[:, :, :2, :2].float() / 255
+    turned, _, _ = jittered(images, hue=0.1)
+    for before, after in zip(images, turned):
+        angles = []
+        for old, new in zip(before.flatten(1).T.tolist(), after.flatten(1).T.tolist()):
+            (y0, i0, q0), (y1, i1, q1) = colorsys.rgb_to_yiq(*old), colorsys.rgb_to_yiq(*new)
+            assert y1 == pytest.approx(y0, abs=5e-3)  # colorsys rounds the luma weights
+            assert math.hypot(i1, q1) == pytest.approx(math.hypot(i0, q0), abs=1e-2)
+            angles.append(math.remainder(math.atan2(q1, i1) - math.atan2(q0, i0), 2 * math.pi))
+        assert max(angles) - min(angles) < 0.1
+        assert abs(angles[0]) <= 2 * math.pi * 0.1 + 0.05
+    assert (turned - images).abs().max() > 0.02
+
+
+def test_gray_and_blur_equal_torchvision(tiles):
     images = tiles.float() / 255
-    turned = augment._hue(images, torch.full((6, 1, 1), 0.07))
-    torch.testing.assert_close(turned, F.adjust_hue(images, 0.07), atol=1e-5, rtol=0)
-    torch.testing.assert_close(augment._gray(images), F.rgb_to_grayscale(images), atol=1e-3, rtol=0)
+    gray, _, _ = jittered(images, gray=1.0)
+    torch.testing.assert_close(gray, F.rgb_to_grayscale(images, 3), atol=1e-3, rtol=0)
     blurred = augment._blur(images, torch.arange(6), torch.ones(6), [1.2, 1.2])
     torch.testing.assert_close(blurred, F.gaussian_blur(images, [9, 9], [1.2, 1.2]), atol=1e-5, rtol=0)
 

@@ -1,0 +1,44 @@
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from eosin.data_tools.embeddings import Embeddings, write_embeddings
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write an embeddings file of given features and columns; keys, slides and patients are made up if not given."""
+
+    def write(name: str, features: np.ndarray, shards: str = "one set", **columns) -> Path:
+        n = len(features)
+        table = {"key": [f"t{i}" for i in range(n)], "slide": [f"s{i}" for i in range(n)], "x": np.arange(n)} | columns
+        path = tmp_path / f"{name}.safetensors"
+        write_embeddings(
+            path, Embeddings(features.astype(np.float32), pd.DataFrame(table), {"name": name, "shards": shards})
+        )
+        return path
+
+    return write
+
+
+@pytest.fixture
+def cohort():
+    """A maker of a cohort: 40 patients in two classes, 8 tiles each on 2 slides, features that tell the class or not."""
+
+    def cohort(signal: float, seed: int = 0, dimension: int = 8):
+        rng = np.random.default_rng(seed)
+        patient = np.repeat(np.arange(40), 8)
+        of_patient = rng.permutation(np.arange(40) % 2)
+        label = of_patient[patient]
+        features = rng.normal(size=(320, dimension)) + rng.normal(size=(40, dimension))[patient]
+        features[:, 0] += signal * label
+        columns = {
+            "patient": [f"p{p}" for p in patient],
+            "slide": [f"p{p}-{i % 2}" for i, p in enumerate(patient)],
+            "label": np.where(label == 1, "tumor", "normal"),
+        }
+        return features, columns
+
+    return cohort
