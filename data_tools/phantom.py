@@ -400,6 +400,8 @@ def _write_slide(
         "path": f"slides/{name}.tif",
         "slide": name,
         "patient": f"synthetic-p{patient:03d}",
+        # Matched patients, one a class: a split that keeps them together gives nuisances no say, for or against.
+        "block": f"synthetic-b{patient // len(CLASSES):02d}",
         "site": plan["site"],
         "scanner": plan["scanner"],
         "stain": "H&E",

@@ -319,12 +319,11 @@ class _OpenSlidePixels:
         try:
             rgba = self._region(level, x, y, width, height)
         except OSError:
-            # After any error OpenSlide's handle stays dead; a network file may serve the second time.
+            # After any error OpenSlide's handle stays dead, be it this region's or an earlier one's.
             self._reopen()
             try:
                 rgba = self._region(level, x, y, width, height)
             except OSError as error:
-                self._reopen()
                 raise Refusal(f"cannot be decoded at {x}, {y}: {_one_line(error)}") from None
         alpha = rgba[..., 3:]
         if alpha.min() == 255:

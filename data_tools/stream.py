@@ -7,6 +7,7 @@ rank takes an equal slice. Nothing depends on workers, ranks or the past.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import TypedDict
 
@@ -127,9 +128,10 @@ def batches(
         sampler=Slices(steps, batch, rank * share, share),
         batch_size=None,
         num_workers=workers,
+        worker_init_fn=_leave_signals_to_the_rank,
         multiprocessing_context="spawn" if workers else None,
     )
-    yield from loader
+    return iter(loader)
 
 
 class Slices(Sampler[np.ndarray]):
@@ -145,6 +147,12 @@ class Slices(Sampler[np.ndarray]):
         for step in self.steps:
             first = step * self.batch + self.offset
             yield np.arange(first, first + self.share, dtype=np.int64)
+
+
+def _leave_signals_to_the_rank(worker: int) -> None:
+    """SLURM sends SIGTERM to every process of a task; a worker that died of it would keep its rank from saving."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _check_side(height: int, width: int) -> None:

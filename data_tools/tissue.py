@@ -64,7 +64,6 @@ def find_tissue(thumbnail: np.ndarray, mpp: float) -> Tissue:
     for area in pens.values():
         pen |= area
     colored = (chroma > _chroma_threshold(chroma)).astype(np.uint8)
-    colored[pen > 0] = 0
     closed = _morph(colored, cv2.MORPH_CLOSE, CLOSE_UM / mpp)
     closed = _fill_holes(closed, HOLE_UM2 / mpp**2)
     closed[pen > 0] = 0

@@ -209,7 +209,7 @@ def _load_release(folder: Path, trained: bool) -> tuple[nn.Module, dict[str, Any
         raise UserError(f"timm cannot build the model of {folder / 'config.json'}: {_short(error)}") from None
     if trained:
         load_teacher(folder / "model.safetensors", model)
-    model.reset_classifier(0)
+    model.reset_classifier(0)  # type: ignore[operator]
     return model, preprocessing, _release_stain(folder / "preprocessing.json")
 
 

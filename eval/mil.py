@@ -24,8 +24,8 @@ class AttentionProtocol:
     width: int = 64
     attention_width: int = 64
     dropout: float = 0.25
-    epochs: int = 20
-    bags_per_step: int = 8
+    epochs: int = 30
+    bags_per_step: int = 16
     learning_rate: float = 5e-3
     weight_decay: float = 1e-2
     repeats: int = 3

@@ -62,7 +62,7 @@ def run_demo(out: Path, *, slides: Path | None, table: Path | None, seed: int, p
     if not release.exists():
         codes.append(_verb("export", str(run), "--out", str(release), *found, "--name", "eosin-demo"))
     report = out / "report.html"
-    codes.append(_verb("report", str(run), *found, "--release", str(release), "--out", str(report)))
+    codes.append(_verb("report", str(run), *found, "--release", str(release), "--title", "Eosin demo", "--out", str(report)))
     minutes, seconds = divmod(round(time.monotonic() - began), 60)
     print(f"\nThe demo took {minutes}:{seconds:02d} min. Open {report} in a browser.")
     return max(codes)
@@ -117,7 +117,8 @@ def _probes(out: Path, shards: Path, embeddings: list[str], seed: int, codes: li
 
     table = ShardSet(shards).slides()
     table = table[table["tiles"] > 0]
-    label, group = "label", "patient"
+    # Phantom patients are matched across classes; a matched set must not be split, as it would mislead by design.
+    label, group = "label", "block" if "block" in table else "patient"
     if label not in table or table[label].nunique() < 2:
         print("\nno probes: the slides have no column 'label' of two classes (give --table slides.csv)")
         return []

@@ -18,6 +18,10 @@ from eosin.launch.ranks import Rank, run_verb
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the launchers ``local``, ``torchrun`` and ``slurm`` to the parser of ``eosin launch``."""
+    parser.epilog = (
+        "example:\n  eosin launch torchrun --nproc 2 -- train demo data.shards=shards run.dir=run\n\n"
+        "Each launcher explains itself: eosin launch slurm --help"
+    )
     launchers = parser.add_subparsers(dest="launcher", required=True, metavar="local|torchrun|slurm")
 
     def launcher(name: str, needs: str, summary: str, example: str) -> argparse.ArgumentParser:

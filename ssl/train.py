@@ -48,9 +48,8 @@ def train(config: Config) -> int:
     """
     device = distributed.start(config.run.device)
     try:
+        _refuse_other_run(config)
         with _locked(Path(config.run.dir)), _stop_flag() as stop:
-            if distributed.rank() == 0:
-                _prepare(config)
             return _train(config, device, stop)
     finally:
         distributed.stop()
@@ -80,7 +79,6 @@ def _train(config: Config, device: torch.device, stop: list[int]) -> int:
     parameters = list(model.student.parameters())
     bf16 = config.run.precision == "bf16" or (config.run.precision == "auto" and device.type == "cuda")
 
-    log = _Log(config, start)
     stream = batches(
         shards,
         batch=config.data.batch,
@@ -90,6 +88,10 @@ def _train(config: Config, device: torch.device, stop: list[int]) -> int:
         ranks=distributed.ranks(),
         workers=config.data.workers,
     )
+    if distributed.rank() == 0:
+        # Only now, when all that can be refused has been, does the run exist.
+        write_config(run / "config.yaml", config)
+    log = _Log(config, start)
     if distributed.rank() == 0:
         stream = progress(stream, total=steps, start=start, desc="train", unit="steps", status=log.status)
     for step, batch in enumerate(stream, start):
@@ -218,18 +220,14 @@ class _Log:
             )
 
 
-def _prepare(config: Config) -> None:
-    """Make the run folder and write its configuration, or check that ``config`` continues the run in it.
-
-    Raises UserError when the folder holds something else or a run with other settings.
-    """
+def _refuse_other_run(config: Config) -> None:
+    """Raise UserError when the run folder holds something else or a run with other settings."""
     run = Path(config.run.dir)
     if run.is_file():
         raise UserError(f"run.dir: {run} is a file; give the path of a folder")
     if not (run / "config.yaml").is_file():
-        if run.is_dir() and any(p.name != ".lock" for p in run.iterdir()):
+        if run.is_dir() and any(not p.name.startswith(".") for p in run.iterdir()):
             raise UserError(f"run.dir: {run} holds something else; give a new folder")
-        write_config(run / "config.yaml", config)
         return
     there, given = _flat(read_run_config(run).model_dump()), _flat(config.model_dump())
     for key in sorted(set(there) | set(given)):

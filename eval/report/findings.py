@@ -165,6 +165,18 @@ def winner(probe: Probe) -> str:
     return f"undecided: {', '.join([probe.called(best), *level])}" if level else probe.called(best)
 
 
+def below_chance(found: list[Probe]) -> list[str]:
+    """A sentence about the probes in which an encoder lies below chance beyond doubt, none where there is none."""
+    level = [(p, p.data["chance"][PRIMARY]) for p in found]
+    there = [p.title for p, chance in level if any(r["metrics"][PRIMARY]["high"] < chance for r in p.rows)]
+    if not there:
+        return []
+    return [
+        f"Below chance in {'; '.join(there)}: groups that were held out resemble another class more than their own, as "
+        "happens when groups are few or matched across classes. No encoder is better for it."
+    ]
+
+
 def verdict_rows(found: list[Probe]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table at the top: a row a probe, a column a role."""
     head = ["Probe", *(WORDS[r].capitalize() for r in WORDS), "Chance", "Won by"]

@@ -40,7 +40,8 @@ def verdict(m: Material) -> Section:
         return Section("verdict", title, "Did training help?", [Words([missing], "warning")])
     head, rows = findings.verdict_rows(found)
     blocks: list[Block] = [Words(findings.headline(found), "verdict")]
-    blocks += _warnings(_strangers(m))
+    warned = [*_strangers(m), *findings.below_chance(found)]
+    blocks += [Words(warned, "warning")] if warned else []
     caption = f"{findings.METRICS[findings.PRIMARY].capitalize()} with 95 % intervals."
     blocks.append(Table(head, rows, caption))
     blocks.append(Words([findings.sentence(probe) for probe in found], "list"))
@@ -161,10 +162,6 @@ def _strangers(m: Material) -> list[str]:
         f"The encoder probed as '{next(iter(ours))}' does not have the weights of {m.run.name}'s newest checkpoint "
         f"({m.step:,} steps): these numbers speak of another encoder. Embed and probe again."
     ]
-
-
-def _warnings(lines: list[str]) -> list[Block]:
-    return [Words(lines, "warning")] if lines else []
 
 
 def _synthetic(m: Material) -> str:

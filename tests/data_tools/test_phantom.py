@@ -74,7 +74,7 @@ def test_everything_says_synthetic(small):
 
 
 @pytest.mark.parametrize("mpp", [0.25, 0.5, 1.0])
-@pytest.mark.parametrize("corners", [5, 40])
+@pytest.mark.parametrize("corners", [12, 40])
 def test_painted_area_is_the_polygons(mpp, corners):
     turn = np.linspace(0, 2 * np.pi, corners, endpoint=False)
     polygon = np.array([[50.3, 49.8]]) + 12 * np.stack([np.cos(turn), 0.7 * np.sin(turn)], axis=-1)
@@ -150,8 +150,12 @@ def test_tissue_mask_agrees_with_where_color_is(small):
 def test_the_pen_is_where_its_mask_says():
     with_pen, without = (scene("nested", seed=6, side_um=SIDE, pen=pen) for pen in (True, False))
     change = np.abs(render(with_pen, 1.0).astype(int) - render(without, 1.0)).max(axis=-1) > 20
-    mask = paint(tuple(layer for layer in with_pen.layers if layer.plane == "pen"), 1.0, (0, 0, SIDE, SIDE)) > 127
-    assert (change & mask).sum() / (change | mask).sum() > 0.9
+    mask = paint(tuple(layer for layer in with_pen.layers if layer.plane == "pen"), 1.0, (0, 0, SIDE, SIDE))
+    mask = (mask > 127).astype(np.uint8)
+    assert mask.sum() > 200
+    rim = np.ones((5, 5), np.uint8)
+    assert change[cv2.erode(mask, rim) > 0].all()
+    assert not change[cv2.dilate(mask, rim) == 0].any()
 
 
 def test_regions_hold_a_rare_focus_only_where_asked():

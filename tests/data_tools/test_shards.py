@@ -130,6 +130,7 @@ def test_keys_fit_a_tar_and_hold_no_dot(name, x, y, mpp):
 def test_tiles_of_different_slides_never_share_a_key():
     assert tile_key("a", 1, 2, 0.5) != tile_key("a_1", 2, 500, 0.5)
     assert tile_key("a.b", 1, 2, 0.5) != tile_key("a=2eb", 1, 2, 0.5)
+    assert slide_key("a" * 80 + "1") != slide_key("a" * 80 + "2")  # cut, yet different
 
 
 def test_empty_set(tmp_path):

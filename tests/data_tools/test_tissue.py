@@ -157,6 +157,7 @@ REAL = {
     "histolab/low-nuclei-score-level1.png": (1.0, 0.95, 1.0),
     "histolab/medium-nuclei-score-green-pen-level1.png": (1.0, 0.3, 0.45),
     "histolab/medium-nuclei-score-level1-2.png": (1.0, 0.99, 1.0),
+    "histolab/medium-nuclei-score-level1.png": (1.0, 0.85, 1.0),  # an artery as red as ink
     "histolab/medium-nuclei-score-level2.png": (4.0, 0.75, 0.85),
     "histolab/no-tissue-green-pen.png": (1.0, 0.0, 0.0),
     "histolab/no-tissue-line.png": (1.0, 0.0, 0.0),

@@ -25,7 +25,7 @@ def write(tmp_path):
 
 @pytest.fixture
 def cohort():
-    """A maker of a cohort: 40 patients in two classes, 8 tiles each on 2 slides, features that tell the class or not."""
+    """Make a cohort: 40 patients of two classes, 8 tiles each on 2 slides; features that tell the class or not."""
 
     def cohort(signal: float, seed: int = 0, dimension: int = 8):
         rng = np.random.default_rng(seed)

@@ -237,6 +237,14 @@ def test_outcome_of_one_probe(tmp_path, ours, theirs, pair, headline, winner):
     assert findings.winner(probe) == winner
 
 
+def test_below_chance_is_explained(tmp_path):
+    level = probe_of(tmp_path, 0.5, 0.46, (0.04, -0.1, 0.1))
+    below = probe_of(tmp_path, 0.5, 0.44, (0.06, -0.1, 0.1))  # ± .05 around .44 ends at .49, chance is .5
+    assert findings.below_chance([level]) == []
+    (said,) = findings.below_chance([level, below])
+    assert said.startswith("Below chance in kNN: groups that were held out resemble another class")
+
+
 def test_headline_counts_every_probe(tmp_path):
     won, lost = (probe_of(tmp_path, 0.8, 0.7, (s * 0.1, s * 0.1 - 0.05, s * 0.1 + 0.05)) for s in (1, -1))
     level = probe_of(tmp_path, 0.8, 0.8, (0.0, -0.1, 0.1))

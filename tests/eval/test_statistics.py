@@ -78,7 +78,7 @@ def test_bootstrap_draws_groups_with_replacement():
 
 
 def test_intervals_cover_and_rows_would_not():
-    """Groups that are right or wrong together: the true accuracy is .7 and lies in the interval as often as promised."""
+    """Groups right or wrong together, true accuracy .7: the interval holds it as often as promised."""
     covered = {"groups": 0, "rows": 0}
     trials, n_groups, size = 150, 50, 8
     groups = np.repeat(np.arange(n_groups), size)

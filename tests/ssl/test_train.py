@@ -139,7 +139,8 @@ def test_bad_input_is_one_line_each(tiny_run, tiny_shards, tiny_recipe, tmp_path
     (tmp_path / "other" / "thesis.doc").write_text("mine")
     assert "holds something else" in complaint(capsys, given(tmp_path / "other"))
     assert "does not exist" in complaint(capsys, given(tmp_path / "new", shards=tmp_path / "absent"))
-    assert not (tmp_path / "new" / "checkpoints").exists()
+    assert "timm cannot build" in complaint(capsys, given(tmp_path / "new", "model.args={depht: 2}"))
+    assert list((tmp_path / "new").glob("[!.]*")) == []
     if not torch.cuda.is_available():
         assert "no GPU" in complaint(capsys, given(tmp_path / "gpu", "run.device=cuda"))
 
