@@ -53,6 +53,9 @@ LEVELS = 3
 BLOCK = 256
 WHITE = 244.0
 SOFTNESS_UM = 0.33
+RIM_UM = 0.9
+SHARPENING_UM = 0.8
+DEFOCUS_UM = 2.4
 
 # Rows: hematoxylin, eosin; columns: optical density in red, green, blue per unit of concentration.
 Matrix = tuple[tuple[float, float, float], tuple[float, float, float]]
@@ -140,9 +143,9 @@ def _render_block(scene: Scene, mpp: float, box: Box, optics: Optics) -> Labels:
     folds = max(1, math.ceil(mpp / MPP - 1e-9))
     fine = mpp / folds
     planes = {plane for plane in ("tissue", "pen", "dust", "defocus") if has(scene, plane, box)}
-    reach = max(3 * optics.focus_um, 2.4 if optics.sharpening else 0.0, 10.0 if "defocus" in planes else 0.0)
-    margin = math.ceil(reach / mpp) * folds
-    wide = (box[0] - margin * fine, box[1] - margin * fine, box[2] + 2 * margin * fine, box[3] + 2 * margin * fine)
+    blurs = optics.focus_um, SHARPENING_UM * bool(optics.sharpening), DEFOCUS_UM * ("defocus" in planes)
+    margin = math.ceil(4 * sum(blurs) / mpp) * folds
+    wide = _widen(box, margin * fine)
     shape = (round(wide[3] / fine), round(wide[2] / fine))
     light = np.broadcast_to(_illumination(optics, fine, wide, shape), (*shape, 3))
     if planes:
@@ -153,12 +156,12 @@ def _render_block(scene: Scene, mpp: float, box: Box, optics: Optics) -> Labels:
                 density += _soft(scene, plane, fine, wide, 0.8)[..., None] * np.asarray(ink, np.float32)
         light = np.exp(-density) * light
     if "defocus" in planes:
-        blurred = cv2.GaussianBlur(light, (0, 0), 2.4 / fine)
+        blurred = cv2.GaussianBlur(light, (0, 0), DEFOCUS_UM / fine)
         light += (blurred - light) * _soft(scene, "defocus", fine, wide, 6.0)[..., None]
     if planes and optics.focus_um:
         light = cv2.GaussianBlur(light, (0, 0), optics.focus_um / fine)
     if planes and optics.sharpening:
-        light += optics.sharpening * (light - cv2.GaussianBlur(light, (0, 0), 0.8 / fine))
+        light += optics.sharpening * (light - cv2.GaussianBlur(light, (0, 0), SHARPENING_UM / fine))
     light = light[margin : shape[0] - margin, margin : shape[1] - margin]
     if folds > 1:
         light = cv2.resize(light, (light.shape[1] // folds, light.shape[0] // folds), interpolation=cv2.INTER_AREA)
@@ -173,13 +176,16 @@ def concentrations(scene: Scene, mpp: float, box_um: Box) -> Floats:
     if not tissue.any():
         return np.zeros((*tissue.shape, 2), np.float32)
     fiber, cell, bed, space = (soft(plane) for plane in ("fiber", "cytoplasm", "bed", "space"))
-    nucleus, nucleolus, blood = (soft(plane) for plane in ("nucleus", "nucleolus", "blood"))
+    nucleolus, blood = soft("nucleolus"), soft("blood")
+    pad = math.ceil(4 * RIM_UM / mpp)
+    nucleus = _soft(scene, "nucleus", mpp, _widen(box_um, pad * mpp))
+    rim = (nucleus - cv2.GaussianBlur(nucleus, (0, 0), RIM_UM / mpp))[pad:-pad, pad:-pad]
+    nucleus = nucleus[pad:-pad, pad:-pad]
     chromatin, grain, cloud = (
         texture("chromatin", pitch_um=0.85),
         texture("grain", pitch_um=1.7),
         texture("cloud", pitch_um=9.0),
     )
-    rim = nucleus - cv2.GaussianBlur(nucleus, (0, 0), 0.9 / mpp)
     cell = np.maximum(cell, 0.55 * bed)
     bare = np.clip(1 - 1.6 * cell, 0, 1)
     there = tissue * (1 - space)
@@ -195,21 +201,23 @@ def concentrations(scene: Scene, mpp: float, box_um: Box) -> Floats:
 
 def has(scene: Scene, plane: str, box_um: Box) -> bool:
     """Whether anything in a window, or near it, is painted into a plane."""
-    reach = 20.0
-    low, high = (box_um[0] - reach, box_um[1] - reach), (box_um[0] + box_um[2] + reach, box_um[1] + box_um[3] + reach)
+    x, y, width, height = _widen(box_um, 25.0)
     return any(
-        bool(((layer.bounds[1] > low) & (layer.bounds[0] < high)).all(axis=1).any())
+        bool(((layer.bounds[1] > (x, y)) & (layer.bounds[0] < (x + width, y + height))).all(axis=1).any())
         for layer in scene.layers
         if layer.plane == plane
     )
 
 
+def _widen(box_um: Box, margin_um: float) -> Box:
+    x, y, width, height = box_um
+    return x - margin_um, y - margin_um, width + 2 * margin_um, height + 2 * margin_um
+
+
 def _soft(scene: Scene, plane: str, mpp: float, box_um: Box, softness_um: float = SOFTNESS_UM) -> Floats:
     """A plane [H, W] from 0 to 1 with edges as soft as a section's thickness makes them."""
     pad = math.ceil(4 * softness_um / mpp)
-    x, y, width, height = box_um
-    wide = (x - pad * mpp, y - pad * mpp, width + 2 * pad * mpp, height + 2 * pad * mpp)
-    levels = paint(tuple(layer for layer in scene.layers if layer.plane == plane), mpp, wide)
+    levels = paint(tuple(layer for layer in scene.layers if layer.plane == plane), mpp, _widen(box_um, pad * mpp))
     levels = cv2.GaussianBlur(levels, (0, 0), softness_um / mpp)
     return levels[pad:-pad, pad:-pad].astype(np.float32) * np.float32(1 / 255)
 

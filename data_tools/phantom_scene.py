@@ -291,7 +291,7 @@ def _whorl(rng: np.random.Generator, labels: Labels, mpp: float) -> list[Layer]:
         return center + lean * (1 - shell / reach) + (shell * bulge)[:, None] * circle
 
     lamellae, places, angles = [], [], []
-    for shell in np.arange(10.0, reach - 3, 6.0):
+    for shell in np.arange(10.0, 0.9 * reach, 6.0):
         pieces = max(3, int(shell * 2 * np.pi / 38))
         start = rng.uniform(0, 2 * np.pi)
         for piece in range(pieces):

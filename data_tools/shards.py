@@ -11,6 +11,7 @@ Any tile is one ``pread``. This module never decodes an image.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -54,8 +55,6 @@ def slide_key(name: str) -> str:
     Characters outside ``[A-Za-z0-9_-]`` become ``=`` and two hexadecimal digits a UTF-8 byte. Long names are cut and
     closed with a hash, since a tar header holds 100 characters.
     """
-    import hashlib
-
     key = "".join(c if re.match(r"[A-Za-z0-9_-]", c) else "".join(f"={b:02x}" for b in c.encode()) for c in name)
     if len(key) > 64:
         key = f"{key[:46]}=h{hashlib.sha256(name.encode()).hexdigest()[:16]}"
@@ -197,6 +196,11 @@ class ShardSet:
 
     def __len__(self) -> int:
         return int(self.starts[-1])
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 over the shards' own: the same for the same tiles, wherever they lie."""
+        return hashlib.sha256(" ".join(s["sha256"] for s in self.dataset["shards"]).encode()).hexdigest()
 
     def row(self, tile: int) -> np.void:
         """Index row of tile number ``tile``, a scalar of dtype :data:`INDEX`."""

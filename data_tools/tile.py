@@ -7,13 +7,14 @@ row says so; it never stops the others. Nothing is seen at the output's path bef
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import multiprocessing
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -119,6 +120,8 @@ def tile_slides(
     out = Path(out)
     settings = Settings(mpp, tile_size, min_tissue, quality, max_tiles, seed)
     settings.check()
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers {workers} is out of range; valid: 1 or more")
     if mpp_override is not None and not MPP_RANGE[0] <= mpp_override <= MPP_RANGE[1]:
         raise UserError(f"--mpp-override {mpp_override} is out of range; valid: {MPP_RANGE[0]} to {MPP_RANGE[1]} µm/px")
     jobs = find_slides([Path(source) for source in sources])
@@ -143,15 +146,16 @@ def tile_slides(
         parts.mkdir()
         writer = ShardWriter(folder)
         work = partial(_tile_source, settings=settings, mpp_override=mpp_override, folder=folder)
-        results = run_each(work, jobs, workers or len(os.sched_getaffinity(0)))
-        shown = progress(results, total=len(jobs), desc="tile", unit="slides")
-        for number, (job, result) in enumerate(zip(jobs, shown)):
-            facts, index = result if isinstance(result, tuple) else (_refused(result), None)
-            if index is not None:
-                part = _part(folder, job)
-                writer.append(part, index, slide=number)
-                part.unlink()
-            rows.append(_row(job, facts, stain or "H&E"))
+        # Closed before the folder goes, so that no worker still writes into it.
+        with contextlib.closing(run_each(work, jobs, workers or len(os.sched_getaffinity(0)))) as results:
+            shown = progress(results, total=len(jobs), desc="tile", unit="slides")
+            for number, (job, result) in enumerate(zip(jobs, shown)):
+                facts, index = result if isinstance(result, tuple) else (_refused(result), None)
+                if index is not None:
+                    part = _part(folder, job)
+                    writer.append(part, index, slide=number)
+                    part.unlink()
+                rows.append(_row(job, facts, stain or "H&E"))
         if not any(row["tiles"] for row in rows):
             reasons = shorten([f"{row['source']}: {row['reason']}" for row in rows], limit=3)
             raise UserError(f"no slide gave a tile, so nothing was written; {reasons}")
@@ -214,7 +218,7 @@ def judge(tile: np.ndarray) -> str | None:
     return "blur" if fine < MIN_SHARPNESS * contrast else None
 
 
-def run_each(function: Callable[[Any], Any], jobs: Sequence[Any], workers: int) -> Iterator[Any]:
+def run_each(function: Callable[[Any], Any], jobs: Sequence[Any], workers: int) -> Generator[Any, None, None]:
     """Results of ``function`` for each job, in order, from a pool of processes.
 
     Where a job kills its process (a decoder's crash, memory) its result is the string of the reason.
@@ -232,6 +236,8 @@ def run_each(function: Callable[[Any], Any], jobs: Sequence[Any], workers: int) 
                     done += 1
             except BrokenProcessPool:
                 pass
+            finally:
+                pool.shutdown(cancel_futures=True)
         todo = todo[done:]
         if todo:
             # Which job it was is not known; the first of the rest runs alone, and if it was another, that comes later.

@@ -6,7 +6,6 @@ Tiles that cannot be used are left out, listed with their reason, and bounded; n
 from __future__ import annotations
 
 import csv
-import hashlib
 import itertools
 import zlib
 from collections import deque
@@ -104,8 +103,7 @@ def refused_path(out: Path) -> Path:
 
 
 def _data_fingerprint(shards: ShardSet) -> dict[str, Any]:
-    identity = hashlib.sha256(" ".join(s["sha256"] for s in shards.dataset["shards"]).encode()).hexdigest()
-    return {"shards": identity, "slides": sha256(shards.folder / "slides.parquet")}
+    return {"shards": shards.identity, "slides": sha256(shards.folder / "slides.parquet")}
 
 
 def _features(

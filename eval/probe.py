@@ -1,4 +1,4 @@
-"""Probes from files to results: grouped folds, one answer an encoder, metrics, comparisons, and a printed table.
+"""Probes from files to results: grouped folds, one answer an encoder, metrics and comparisons.
 
 A probe is fitted on all folds but one and scored on that one, so every sample is scored once by a probe that never
 saw its group. A number never stands alone: beside it stand its interval, chance, and the other encoders.
@@ -7,7 +7,7 @@ saw its group. A number never stands alone: beside it stand its interval, chance
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,16 @@ from typing import Any
 import numpy as np
 
 from eosin.data_tools.draws import hash32, purpose
+from eosin.data_tools.embeddings import Embeddings
 from eosin.data_tools.errors import UserError
 from eosin.data_tools.files import atomic_path, read_json
+from eosin.data_tools.progress import progress
 from eosin.data_tools.results import write_results
 from eosin.eval import statistics
+from eosin.eval.describe import PRIMARY, verdict
 from eosin.eval.splits import grouped_folds
 from eosin.eval.task import Task, load_task, pool_task
 
-PRIMARY = "balanced_accuracy"
-TITLES = {
-    "balanced_accuracy": "balanced accuracy",
-    "macro_f1": "macro-F1",
-    "accuracy": "accuracy",
-    "auroc": "AUROC",
-}
 # Below this many groups a percentile interval is too narrow to be taken at its word.
 FEW_GROUPS = 20
 
@@ -81,8 +77,7 @@ def run_knn(question: Question, ks: Sequence[int] = (20,), device: str = "cpu") 
     answers = []
     for encoder in task.encoders:
         votes = np.empty((len(ks), len(folds), len(task.classes)), dtype=np.float32)
-        for fold in range(question.folds):
-            scored = folds == fold
+        for scored in _scored(folds, f"knn, {encoder.name}"):
             votes[:, scored] = knn_probabilities(
                 encoder.features[scored],
                 encoder.features[~scored],
@@ -101,7 +96,7 @@ def run_knn(question: Question, ks: Sequence[int] = (20,), device: str = "cpu") 
 def run_linear(question: Question) -> dict[str, Any]:
     """Probe by logistic regression; see :mod:`eosin.eval.linear`. Write and return the results."""
     task, folds = _prepare(question)
-    answers = [_linear(question, task, folds, e.features, e.name, "", e.encoder) for e in task.encoders]
+    answers = [_linear(question, task, folds, encoder, "", encoder.features) for encoder in task.encoders]
     return _conclude(question, task, folds, answers, "linear", _linear_parameters(), "tile")
 
 
@@ -122,11 +117,10 @@ def run_mil(question: Question, bag: str = "slide", device: str = "cpu") -> dict
     answers, attentions = [], []
     for encoder in task.encoders:
         pooled = mean_pool(encoder.features, bags, len(folds))
-        answers.append(_linear(question, task, folds, pooled, encoder.name, "mean", encoder.encoder))
+        answers.append(_linear(question, task, folds, encoder, "mean", pooled))
         probabilities = np.empty((protocol.repeats, len(folds), len(task.classes)), dtype=np.float32)
         attention = np.empty(len(bags), dtype=np.float32)
-        for fold in range(question.folds):
-            scored = folds == fold
+        for fold, scored in enumerate(_scored(folds, f"attention, {encoder.name}")):
             probabilities[:, scored], attention[scored[bags]] = attention_probabilities(
                 encoder.features,
                 bags,
@@ -165,28 +159,6 @@ def attention_path(path: Path) -> Path:
     return path.with_suffix(".attention.parquet")
 
 
-def describe(results: dict[str, Any]) -> str:
-    """Results as text for a terminal: a row a probe, the paired differences, chance, and one line in words."""
-    lines = [
-        f"{results['protocol']} · label '{results['label']}', {len(results['classes'])} classes · "
-        f"{results['n']} {results['unit']}s in {results['groups']} groups of '{results['group']}' · "
-        f"{results['parameters']['folds']} grouped folds, seed {results['parameters']['seed']}"
-    ]
-    lines += [f"left out: {count} with {reason}" for reason, count in results["left_out"].items()]
-    table = [["", *(f"{TITLES[m]} [95 %]" for m in statistics.METRICS)]]
-    table += [[e["name"], *(_interval(e["metrics"][m]) for m in statistics.METRICS)] for e in results["encoders"]]
-    table.append(["chance", *(f"{results['chance'][m]:.3f}" for m in statistics.METRICS)])
-    lines += ["", *_aligned(table)]
-    pairs = [c for c in results["comparisons"] if c["metric"] == PRIMARY]
-    if pairs:
-        table = [["paired difference", f"{TITLES[PRIMARY]} [95 %]", ""]]
-        for pair in pairs:
-            zero = "excludes zero" if pair["excludes_zero"] else "does not exclude zero"
-            table.append([f"{pair['a']} - {pair['b']}", _interval(pair, "+"), zero])
-        lines += ["", *_aligned(table)]
-    return "\n".join([*lines, "", *results["verdict"], *results["notes"]])
-
-
 def _prepare(question: Question) -> tuple[Task, np.ndarray]:
     task = load_task(question.embeddings, question.label, question.group, question.labels, question.key)
     return task, _folds(question, task)
@@ -202,6 +174,13 @@ def _folds(question: Question, task: Task) -> np.ndarray:
     return grouped_folds(*names, question.folds, question.seed)
 
 
+def _scored(folds: np.ndarray, desc: str) -> Iterator[np.ndarray]:
+    """The scored side of each fold in turn, [N] bool, with progress."""
+    count = int(folds.max()) + 1
+    for fold in progress(range(count), total=count, desc=desc, unit="folds"):
+        yield folds == fold
+
+
 def _is_results(path: Path) -> bool:
     try:
         return read_json(path, "results").get("kind") == "eosin results"
@@ -213,27 +192,25 @@ def _linear(
     question: Question,
     task: Task,
     folds: np.ndarray,
-    features: np.ndarray,
-    encoder: str,
+    encoder: Embeddings,
     variant: str,
-    fingerprint: dict[str, Any],
+    features: np.ndarray,
 ) -> Answer:
     from eosin.eval.linear import linear_probabilities
 
     probabilities = np.empty((len(folds), len(task.classes)))
     chosen = []
-    for fold in range(question.folds):
-        scored = folds == fold
+    for scored in _scored(folds, f"linear, {encoder.name}"):
         probabilities[scored], strength = linear_probabilities(
             features[scored],
             features[~scored],
             task.labels[~scored],
             task.groups[~scored],
             len(task.classes),
-            hash32(question.seed, purpose("linear fold"), fold),
+            hash32(question.seed, purpose("linear fold"), len(chosen)),
         )
         chosen.append(strength)
-    return Answer(encoder, variant, fingerprint, probabilities, {"C": chosen})
+    return Answer(encoder.name, variant, encoder.encoder, probabilities, {"C": chosen})
 
 
 def _linear_parameters() -> dict[str, Any]:
@@ -327,36 +304,6 @@ def _predictions(task: Task, folds: np.ndarray, answers: list[Answer]) -> Any:
     return pd.concat(frames, ignore_index=True)
 
 
-def verdict(results: dict[str, Any]) -> list[str]:
-    """Say in words, one line a variant, which encoder won, or that no difference excludes zero."""
-    lines = []
-    level = results["chance"][PRIMARY]
-    for variant in dict.fromkeys(e["variant"] for e in results["encoders"]):
-        rows = [e for e in results["encoders"] if e["variant"] == variant]
-        best = max(rows, key=lambda e: e["metrics"][PRIMARY]["value"])
-        reached = f"{best['name']} ({TITLES[PRIMARY]} {best['metrics'][PRIMARY]['value']:.3f})"
-        names = {e["name"] for e in rows}
-        pairs = [c for c in results["comparisons"] if c["metric"] == PRIMARY and {c["a"], c["b"]} <= names]
-        level_with = [
-            c["b"] if c["a"] == best["name"] else c["a"]
-            for c in pairs
-            if best["name"] in (c["a"], c["b"]) and not c["excludes_zero"]
-        ]
-        if best["metrics"][PRIMARY]["low"] <= level:
-            lines.append(f"The best, {reached}, is not distinguishable from chance ({level:.3f}).")
-        elif not pairs:
-            lines.append(f"{reached} is above chance ({level:.3f}).")
-        elif not any(c["excludes_zero"] for c in pairs):
-            lines.append(f"No difference excludes zero; the highest is {reached}.")
-        elif not level_with:
-            lines.append(f"{reached} won: its difference to every other encoder excludes zero.")
-        else:
-            lines.append(
-                f"{reached} is the highest, but its difference to {' and '.join(level_with)} does not exclude zero."
-            )
-    return lines
-
-
 def _notes(task: Task) -> list[str]:
     notes = []
     if len(task.group_names) < FEW_GROUPS:
@@ -364,12 +311,3 @@ def _notes(task: Task) -> list[str]:
     if len(task.encoders) == 1:
         notes.append("A number alone says little: embed 'color' and 'random:RUN' too and give all files at once.")
     return notes
-
-
-def _interval(found: dict[str, Any], sign: str = "") -> str:
-    return f"{found['value']:{sign}.3f} [{found['low']:{sign}.3f}, {found['high']:{sign}.3f}]"
-
-
-def _aligned(table: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*table)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table]

@@ -13,6 +13,7 @@ from eosin.data_tools.errors import DONE, DONE_WITH_REFUSALS, UserError
 from eosin.data_tools.files import atomic_path, read_json
 
 MARKER = "demo.json"
+IHC = "shards-ihc"
 LEAST_GROUPS = 5  # as many as the probes have folds
 ENCODERS = {"trained": "{run}", "random": "random:{run}", "color": "color"}
 
@@ -62,7 +63,9 @@ def run_demo(out: Path, *, slides: Path | None, table: Path | None, seed: int, p
     if not release.exists():
         codes.append(_verb("export", str(run), "--out", str(release), *found, "--name", "eosin-demo"))
     report = out / "report.html"
-    codes.append(_verb("report", str(run), *found, "--release", str(release), "--title", "Eosin demo", "--out", str(report)))
+    beside = ["--beside", str(out / IHC)] if (out / IHC).exists() else []
+    titled = ["--release", str(release), "--title", "Eosin demo", "--out", str(report)]
+    codes.append(_verb("report", str(run), *found, *beside, *titled))
     minutes, seconds = divmod(round(time.monotonic() - began), 60)
     print(f"\nThe demo took {minutes}:{seconds:02d} min. Open {report} in a browser.")
     return max(codes)
@@ -105,7 +108,7 @@ def _ihc(out: Path) -> int:
     if not picture.is_file():
         with atomic_path(picture) as temporary:
             Image.fromarray(skimage.data.immunohistochemistry()).save(temporary)
-    shards = out / "shards-ihc"
+    shards = out / IHC
     where = [str(picture), "--out", str(shards), "--mpp-override", "0.5", "--stain", "IHC"]
     codes = [_verb("tile", *where), DONE if _fitted(shards) else _verb("stain", "fit", str(shards))]
     return max(codes)

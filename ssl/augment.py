@@ -159,14 +159,14 @@ def color_maps(images: torch.Tensor, keys: torch.Tensor, augment: Augment) -> tu
     saturation = factor("saturation", augment.saturation)
     turn = 2 * math.pi * augment.hue * (2 * uniform(keys, purpose("hue")) - 1)
     matrices = _hue_rotation(turn) @ (saturation * one + (1 - saturation) * gray) * contrast * brightness
-    luma = (images.mean(dim=(2, 3)) @ gray[0]).view(-1, 1, 1)
+    luma = (images.mean(dim=(2, 3)) * gray[0]).sum(dim=1).view(-1, 1, 1)
     offsets = (1 - contrast) * brightness * luma
 
     chosen = uniform(keys, purpose("jitter")) < augment.jitter
     matrices, offsets = _where(chosen, matrices, one), _where(chosen, offsets, torch.zeros_like(offsets))
     grayed = uniform(keys, purpose("gray")) < augment.gray
     # The offset is the same in all channels, and luma keeps it.
-    return _where(grayed, gray @ matrices, matrices), offsets
+    return _where(grayed, gray.expand_as(matrices) @ matrices, matrices), offsets
 
 
 def _hue_rotation(angle: torch.Tensor) -> torch.Tensor:
@@ -177,7 +177,8 @@ def _hue_rotation(angle: torch.Tensor) -> torch.Tensor:
     cos, sin = torch.cos(angle), torch.sin(angle)
     zero, unit = torch.zeros_like(angle), torch.ones_like(angle)
     rotation = torch.stack([unit, zero, zero, zero, cos, -sin, zero, sin, cos], dim=1).view(-1, 3, 3)
-    return torch.linalg.inv(to_yiq) @ rotation @ to_yiq
+    # Expanded, so that each crop is a product of its own, whose last bits do not depend on the number of crops.
+    return torch.linalg.inv(to_yiq).expand_as(rotation) @ rotation @ to_yiq.expand_as(rotation)
 
 
 def _blur(images: torch.Tensor, keys: torch.Tensor, probability: torch.Tensor, sigma: list[float]) -> torch.Tensor:

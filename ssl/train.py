@@ -66,7 +66,7 @@ def _train(config: Config, device: torch.device, stop: list[int]) -> int:
     torch.manual_seed(config.run.seed)
     model = StudentTeacher(config).to(device)
     optimizer = build_optimizer(model.student, config)
-    facts = {"shard set": [s["sha256"] for s in shards.dataset["shards"]]}
+    facts = {"shard set": shards.identity}
     start = checkpoint.resume(run, model, optimizer, facts)
     if distributed.rank() == 0 and start:
         print(f"{run} is complete at step {start}" if start == steps else f"{run} goes on after step {start}")

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections import Counter
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -83,6 +84,9 @@ def stain(m: Material) -> Section:
     else:
         blocks.append(Words([f"No slide has a stain fit yet: 'eosin stain fit {m.shards.folder}' adds them."]))
     blocks += _switched_off(m)
+    for other in m.beside:
+        aside = replace(m, shards=other, slides=other.slides().reset_index(drop=True), beside=())
+        blocks += [Words([f"Tiled beside it and not trained on: {other.folder.name}."]), *_switched_off(aside)]
     return Section("stain", "Stain", lead, blocks)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -99,9 +98,9 @@ def _training(m: Material) -> Iterator[str]:
         yield f"{m.step:,} steps of {m.config.data.batch} tiles are {passes:,.1f} passes over the tiles."
     if m.step < m.config.run.steps:
         yield f"The run is not complete: {m.step:,} of {m.config.run.steps:,} steps."
-    facts = m.about.get("facts", {}).get("shard set", [])
-    identity = hashlib.sha256(" ".join(facts).encode()).hexdigest()
-    if any(r["fingerprint"].get("shards") == identity for result in m.results for r in result.data["encoders"]):
+    seen = m.about.get("facts", {}).get("shard set")
+    probed = {r["fingerprint"].get("shards") for result in m.results for r in result.data["encoders"]}
+    if seen is not None and seen in probed:
         yield (
             "The probes use the slides that pretraining saw, without their labels: "
             "features of slides it never saw may be worse."

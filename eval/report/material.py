@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +32,7 @@ class Material:
         records: of ``metrics.jsonl``, [] before the first is logged.
         checkpoint: the newest one, None before the first is saved.
         normalizer: what training put tiles through, None for nothing.
+        beside: shard sets that were tiled and not trained on.
     """
 
     run: Path
@@ -42,6 +44,7 @@ class Material:
     normalizer: Normalizer | None
     results: list[Results]
     release: Path | None
+    beside: Sequence[ShardSet] = ()
 
     @property
     def step(self) -> int:
@@ -68,7 +71,7 @@ class Material:
     def same_tiles(self) -> bool:
         """Whether the tiles shown are those the run was trained on."""
         trained_on = self.about.get("facts", {}).get("shard set")
-        return trained_on is None or trained_on == [s["sha256"] for s in self.shards.dataset["shards"]]
+        return trained_on is None or trained_on == self.shards.identity
 
     @property
     def used(self) -> pd.DataFrame:
@@ -115,7 +118,9 @@ class Material:
         return [int(n) for n in table.index[:count]]
 
 
-def gather(run: Path, results: list[Path], shards: Path | None, release: Path | None) -> Material:
+def gather(
+    run: Path, results: list[Path], shards: Path | None, release: Path | None, beside: Sequence[Path] = ()
+) -> Material:
     """Read all material.
 
     Raises UserError when the run has no configuration, the shard set is not where the run says, or a results file is
@@ -141,6 +146,7 @@ def gather(run: Path, results: list[Path], shards: Path | None, release: Path | 
         make_normalizer(config.stain.normalize, shard_set),
         load(results),
         release,
+        [ShardSet(other) for other in beside],
     )
 
 

@@ -122,7 +122,7 @@ def reproduction(m: Material) -> Section:
         ("versions", versions),
         ("checkpoint", saved),
         ("seed", str(m.config.run.seed)),
-        ("shards (sha256)", _listed([s["sha256"][:16] for s in m.shards.dataset["shards"]], 4)),
+        ("shards (sha256)", m.shards.identity[:16]),
     ]
     blocks: list[Block] = [Table([], facts), Listing("\n".join(_commands(m)))]
     prints = {r.get("encoder", r["name"]): r["fingerprint"] for result in m.results for r in result.data["encoders"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from eosin.data_tools.errors import UserError
@@ -26,7 +27,14 @@ ROAD = (
 
 
 def write_report(
-    run: Path, out: Path, *, results: list[Path], shards: Path | None, release: Path | None, title: str
+    run: Path,
+    out: Path,
+    *,
+    results: list[Path],
+    shards: Path | None,
+    release: Path | None,
+    title: str,
+    beside: Sequence[Path] = (),
 ) -> None:
     """Write the report of a run as one HTML file that needs no network, no script and no other file.
 
@@ -36,13 +44,14 @@ def write_report(
         results: of ``eosin eval``; none leaves the probes out and says so.
         shards: the run's shard set where it is no longer at ``data.shards``.
         release: folder of ``eosin export``, for how to load it.
+        beside: shard sets that were tiled and not trained on, such as other stains.
 
     Raises:
         UserError: no run, no shard set, results of another schema, or ``out`` is a folder.
     """
     if out.is_dir():
         raise UserError(f"{out} is a folder; give the path of an HTML file")
-    material = gather(run, results, shards, release)
+    material = gather(run, results, shards, release, beside)
     page = render(title, _subtitle(material), _badges(material), [section(material) for section in ROAD])
     with atomic_path(out) as temporary:
         temporary.write_text(page, encoding="utf-8")

@@ -41,6 +41,7 @@ def main(args: argparse.Namespace) -> int:
     """Run the verb; return its exit code."""
     from eosin.data_tools.errors import DONE
     from eosin.eval import probe
+    from eosin.eval.describe import describe
 
     question = probe.Question(
         args.embeddings, args.label, args.group, args.out, args.labels, args.key, args.folds, args.seed
@@ -55,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
             results = probe.run_knn(question, args.k, device)
         else:
             results = probe.run_mil(question, args.bag, device)
-    print(probe.describe(results))
+    print(describe(results))
     return DONE
 
 

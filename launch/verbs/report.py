@@ -20,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", type=Path, nargs="+", default=[], metavar="R.json", help="of eosin eval")
     parser.add_argument("--shards", type=Path, metavar="SHARDS", help="where the run's data.shards has moved to")
     parser.add_argument("--release", type=Path, metavar="DIR", help="of eosin export")
+    parser.add_argument(
+        "--beside", type=Path, nargs="+", default=[], metavar="SHARDS", help="shard sets tiled but not trained on"
+    )
     parser.add_argument("--title", metavar="T", help="of the page; by default the run's folder")
     parser.add_argument("--out", type=Path, required=True, metavar="REPORT.html", help="the page")
 
@@ -30,6 +33,14 @@ def main(args: argparse.Namespace) -> int:
     from eosin.eval.report import write_report
 
     title = args.title or f"Report of {'/'.join(args.run.resolve().parts[-2:])}"
-    write_report(args.run, args.out, results=args.results, shards=args.shards, release=args.release, title=title)
+    write_report(
+        args.run,
+        args.out,
+        results=args.results,
+        shards=args.shards,
+        release=args.release,
+        title=title,
+        beside=args.beside,
+    )
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB, opens in any browser")
     return DONE

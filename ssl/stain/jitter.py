@@ -31,9 +31,13 @@ def hed_jitter(images: torch.Tensor, keys: torch.Tensor, sigma: float, enabled: 
     strength = sigma * enabled.unsqueeze(1)  # [N, 1]
     alpha = 1 + strength * (2 * uniform(keys.unsqueeze(1), stains, ALPHA) - 1)  # [N, 3]
     beta = strength * (2 * uniform(keys.unsqueeze(1), stains, SHIFT) - 1)
-    matrix = torch.linalg.inv(vectors) @ (alpha.unsqueeze(2) * vectors)  # [N, 3, 3], densities as rows
+    matrix = torch.linalg.inv(vectors).expand(len(keys), 3, 3) @ (
+        alpha.unsqueeze(2) * vectors
+    )  # [N, 3, 3], densities as rows
     density = optical_density(images.flatten(2) * 255)  # [N, 3, P]
     tissue = (density.mean(dim=1, keepdim=True) / BETA).clamp(max=1)
-    mixed = matrix.transpose(1, 2) @ density + tissue * (beta @ vectors).unsqueeze(2)
+    # A sum and not a product of matrices, whose last bits would depend on the number of images.
+    shift = (beta.unsqueeze(2) * vectors).sum(dim=1)  # [N, 3]
+    mixed = matrix.transpose(1, 2) @ density + tissue * shift.unsqueeze(2)
     jittered = (intensity(mixed) / 255).view_as(images)
     return torch.where(enabled.view(-1, 1, 1, 1) & (sigma > 0), jittered, images)

@@ -93,9 +93,10 @@ def test_one_window_at_three_resolutions_agrees():
         assert np.abs(averaged - render(drawn, mpp, box)).mean() < tolerance
 
 
-def test_a_window_is_cut_from_the_whole_without_a_seam():
+@pytest.mark.parametrize("scanner", ["none", "scanner-b"])
+def test_a_window_is_cut_from_the_whole_without_a_seam(scanner):
     drawn = scene("cribriform", seed=4, side_um=SIDE, pen=True, dust=True, defocus=True)
-    imaging = dataclasses.replace(REFERENCE, focus_um=0.6, sharpening=0.8, vignette=0.05)
+    imaging = dataclasses.replace(REFERENCE, **SCANNERS.get(scanner, {}))
     whole = render(drawn, 0.5, optics=imaging)
     window = render(drawn, 0.5, (61.0, 97.5, 150.0, 141.0), imaging)
     assert np.abs(whole[195 : 195 + 282, 122 : 122 + 300].astype(int) - window).max() <= 1
@@ -260,13 +261,14 @@ def test_an_occupied_folder_is_refused(small):
 
 
 def tiles_of(table: Path) -> list[tuple[np.ndarray, dict[str, str]]]:
-    """Every 256-px tile at 0.5 µm/px of which the true mask calls at least 60 % tissue."""
+    """Every 256-px tile at 0.5 µm/px of which the truth calls at least 60 % tissue of the slide's class."""
     found = []
     side = round(TILE * 0.5 / TRUTH_MPP)
     for row in rows(table):
         with openslide.OpenSlide(table.parent / row["path"]) as slide:
             pixels = np.asarray(slide.read_region((0, 0), 0, slide.dimensions).convert("RGB"))
-        mask = cv2.imread(str(table.parent / "truth" / f"{row['slide']}_tissue.png"), cv2.IMREAD_UNCHANGED) > 0
+        regions = cv2.imread(str(table.parent / "truth" / f"{row['slide']}_regions.png"), cv2.IMREAD_UNCHANGED)
+        mask = regions == REGIONS.index(row["label"])
         for y in range(pixels.shape[0] // TILE):
             for x in range(pixels.shape[1] // TILE):
                 if mask[y * side : (y + 1) * side, x * side : (x + 1) * side].mean() >= 0.6:
@@ -318,32 +320,41 @@ def test_floor_colors_and_spectrum_do_not_tell_the_class(full_set):
     assert accuracy < 1 / 3 + 0.10
 
 
+@pytest.fixture
+def one_thread():
+    """Layers this small gain nothing from threads, and lose much where the cores are shared."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_ceiling_a_small_supervised_network_tells_the_class(full_set):
     import torch
     from torch import nn
 
-    size, epochs, batch = 64, 24, 48
-    gray = np.stack(
-        [cv2.resize(tile.mean(axis=-1), (size, size), interpolation=cv2.INTER_AREA) for tile, _ in full_set]
-    )
-    gray = (gray - gray.mean(axis=(1, 2), keepdims=True)) / (gray.std(axis=(1, 2), keepdims=True) + 1e-6)
-    images = torch.tensor(gray, dtype=torch.float32)[:, None]  # [N, 1, 64, 64]
+    size, epochs, batch = 32, 20, 48
+    gray = [cv2.resize(tile.mean(axis=-1), (size, size), interpolation=cv2.INTER_AREA) for tile, _ in full_set]
+    gray = [(tile - tile.mean()) / (tile.std() + 1e-6) for tile in gray]
+    images = torch.tensor(np.stack(gray), dtype=torch.float32)[:, None]  # [N, 1, 32, 32]
     truth = torch.tensor([CLASSES.index(row["label"]) for _, row in full_set])
     train = torch.tensor([row["split_patient"] == "train" for _, row in full_set])
     torch.manual_seed(0)
 
     def stage(inputs: int, outputs: int) -> list[nn.Module]:
-        return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.GroupNorm(4, outputs), nn.ReLU(), nn.MaxPool2d(2)]
+        return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
 
     network = nn.Sequential(
-        *stage(1, 16), *stage(16, 32), *stage(32, 64), *stage(64, 64)[:3],
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 3),
-    )  # fmt: skip
+        *stage(1, 24), *stage(24, 48), *stage(48, 64)[:3], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 3)
+    )
     seen, answers = images[train], truth[train]
     steps = len(seen) // batch
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=epochs * steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, total_steps=epochs * steps)
     for _ in range(epochs):
         order = torch.randperm(len(seen))
         for step in range(steps):
@@ -354,6 +365,7 @@ def test_ceiling_a_small_supervised_network_tells_the_class(full_set):
             nn.functional.cross_entropy(network(turned), answers[chosen]).backward()
             optimizer.step()
             schedule.step()
+    network.eval()
     with torch.inference_mode():
         right = network(images[~train]).argmax(dim=1) == truth[~train]
     recalls = [right[truth[~train] == kind].float().mean().item() for kind in range(3)]

@@ -19,7 +19,6 @@ from PIL import Image
 from eosin.data_tools import tile as tile_module
 from eosin.data_tools.errors import DONE, DONE_WITH_REFUSALS, USER_ERROR, UserError
 from eosin.data_tools.shards import ShardSet
-from eosin.data_tools.sources import find_slides, unique_names
 from eosin.data_tools.tile import box_means, grid, judge, run_each, tile_slides
 from eosin.launch.cli import main
 
@@ -271,6 +270,7 @@ def test_missing_path_empty_folder_and_bad_values(tmp_path, slides):
         ([slides], {"tile_size": 4}, "--tile-size 4 is out of range"),
         ([slides], {"min_tissue": 0.0}, "--min-tissue"),
         ([slides], {"mpp_override": 353.0}, "--mpp-override"),
+        ([slides], {"workers": 0}, "--workers 0"),
         ([slides], {"slides_csv": tmp_path / "gone.csv"}, "gone.csv does not exist"),
     ):
         with pytest.raises(UserError, match=said):
@@ -398,23 +398,6 @@ def test_a_job_that_kills_its_process_is_refused_and_the_others_finish():
     results = list(run_each(eval, jobs, 2))
     assert [results[i] for i in (0, 1, 3, 4, 5)] == [1, 2, 4, 5, 6]
     assert results[2] == "reading it killed the process"
-
-
-def test_names_are_unique_and_short():
-    def names(*paths: str) -> list[str]:
-        return unique_names([(Path(Path(path).name), Path(path)) for path in paths])
-
-    assert names("a/TCGA-1.x.svs", "b/c.tif") == ["TCGA-1.x", "c"]
-    assert names("p1/s.tif", "p2/s.tif", "t.tif") == ["p1/s", "p2/s", "t"]
-    assert names("s.tif", "s.svs") == ["s.tif", "s.svs"]
-    assert len(set(names("s.tif", "s.svs", "s.tif.svs", "x/s.tif"))) == 4
-
-
-def test_folders_prefer_slides_to_pictures(slides):
-    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(slides / "macro.png")
-    (slides / ".hidden.svs").touch()
-    assert [source.listed for source in find_slides([slides])] == ["a.tif", "b.1.tif", "c.tif"]
-    assert [source.listed for source in find_slides([slides / "macro.png"])] == ["macro.png"]
 
 
 @pytest.mark.slow

@@ -5,8 +5,9 @@ import pandas as pd
 import pytest
 
 from eosin.data_tools.results import read_results
+from eosin.eval.describe import describe, verdict
 from eosin.eval.mil import AttentionProtocol
-from eosin.eval.probe import Question, describe, run_knn, run_linear, run_mil, verdict
+from eosin.eval.probe import Question, run_knn, run_linear, run_mil
 from eosin.launch.cli import main
 
 PROBES = {"knn": run_knn, "linear": run_linear, "mil": run_mil}

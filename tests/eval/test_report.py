@@ -477,3 +477,17 @@ def test_a_browser_shows_it_without_errors_or_requests(full, page, tmp_path):
     pixels = np.asarray(Image.open(io.BytesIO(shot)).convert("RGB"))
     assert pixels.shape[0] > 4000
     assert pixels.reshape(-1, 3).std(axis=0).min() > 5
+
+
+def test_a_set_tiled_beside_is_shown_with_why_it_stays_as_it_is(tiny_run, tiny_shards, tmp_path):
+
+    from eosin.ssl.stain.normalizer import fit_slides
+
+    other = tmp_path / "other-stain"
+    shutil.copytree(tiny_shards, other)
+    write_slides(other, ShardSet(other).slides().assign(stain="IHC"))
+    fit_slides(ShardSet(other))
+    write_report(tiny_run, tmp_path / "r.html", results=[], shards=None, release=None, title="t", beside=[other])
+    page = (tmp_path / "r.html").read_text()
+    assert "not trained on: other-stain" in page
+    assert "H&amp;E operations are off for 4 slides" in page

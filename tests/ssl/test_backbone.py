@@ -105,7 +105,9 @@ def test_masks_have_exact_counts_and_depend_on_the_sample_only():
 
 
 def test_schedules_meet_their_ends():
-    settings = config("run.steps=100", "optim.warmup=10", "data.batch=64", "optim.lr=4e-3")
+    teacher = "objective={teacher_temperature: [0.04, 0.07], teacher_temperature_warmup: 60}"
+    optim = "optim={warmup: 10, lr: 4e-3, scaling: sqrt, freeze_last_layer: 10}"
+    settings = config("run.steps=100", "data.batch=64", teacher, optim)
     assert base_lr(settings) == pytest.approx(4e-3 / 4)
     assert at(9, settings).lr == pytest.approx(1e-3)
     assert at(0, settings).lr == pytest.approx(1e-4)
@@ -118,18 +120,18 @@ def test_schedules_meet_their_ends():
 
 
 def test_parameter_groups_follow_dinov2():
-    settings = config("optim.layer_decay=0.5", "optim.patch_embed_lr=0.2", "run.steps=100")
+    settings = config("optim={layer_decay: 0.5, patch_embed_lr: 0.2, freeze_last_layer: 1}", "run.steps=100")
     network = Network(settings)
     optimizer = build_optimizer(network, settings)
     set_moment(optimizer, at(50, settings))
     of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     assert len(of) == len(list(network.parameters()))
     peak = at(50, settings)
-    block = network.backbone.blocks[5].attn
+    block = network.backbone.blocks[3].attn
     assert of[id(block.qkv.weight)]["lr"] == pytest.approx(peak.lr * 0.5)
     assert of[id(block.qkv.weight)]["weight_decay"] == peak.weight_decay
     assert of[id(block.qkv.bias)]["weight_decay"] == 0
-    assert of[id(network.backbone.patch_embed.proj.weight)]["lr"] == pytest.approx(peak.lr * 0.5**7 * 0.2)
+    assert of[id(network.backbone.patch_embed.proj.weight)]["lr"] == pytest.approx(peak.lr * 0.5**5 * 0.2)
     assert of[id(network.dino_head.prototypes)]["lr"] == pytest.approx(peak.lr)
     set_moment(optimizer, at(0, settings))
     assert of[id(network.dino_head.prototypes)]["lr"] == 0

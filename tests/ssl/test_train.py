@@ -134,7 +134,7 @@ def test_bad_input_is_one_line_each(tiny_run, tiny_shards, tiny_recipe, tmp_path
     def given(run, *overrides, shards=tiny_shards):
         return command(tiny_recipe, shards, run, *overrides)[3:]
 
-    assert "optim.lr=0.002, not 0.1" in complaint(capsys, given(tiny_run, "optim.lr=0.1"))
+    assert "optim.lr=0.001, not 0.1" in complaint(capsys, given(tiny_run, "optim.lr=0.1"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.doc").write_text("mine")
     assert "holds something else" in complaint(capsys, given(tmp_path / "other"))
