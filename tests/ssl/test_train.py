@@ -1,4 +1,7 @@
-"""The loop against the same loop uninterrupted, in two processes, killed, and on bad input."""
+"""The loop against the same loop uninterrupted, killed, told to stop, and on bad input.
+
+Two processes against one, under torchrun and on SLURM: tests/launch/test_training.py.
+"""
 
 import json
 import os
@@ -76,18 +79,6 @@ def test_killed_at_random_points_it_ends_bit_identical(reference, tiny_shards, t
     assert losses(run) == losses(reference)
     for name, value in teacher(reference).items():
         assert torch.equal(teacher(run)[name], value), name
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one(reference, tiny_shards, tiny_recipe, tmp_path):
-    run = tmp_path / "run"
-    arguments = command(tiny_recipe, tiny_shards, run)[1:]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29611"]
-    subprocess.run([*torchrun, *arguments], check=True, env=ENVIRONMENT)
-    for step, loss in losses(reference).items():
-        assert losses(run)[step] == pytest.approx(loss, abs=1e-4)
-    for name, value in teacher(reference).items():
-        torch.testing.assert_close(teacher(run)[name], value, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.slow
