@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import glob
 import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,8 +42,9 @@ def atomic_dir(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     refuse_occupied(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    prefix = f".{path.name}.partial-{socket.gethostname()}-"
+    _remove_leftovers(path.parent, prefix)
+    temporary = path.with_name(f"{prefix}{os.getpid()}")
     temporary.mkdir()
     try:
         yield temporary
@@ -53,6 +56,24 @@ def atomic_dir(path: Path | str) -> Iterator[Path]:
         sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_leftovers(parent: Path, prefix: str) -> None:
+    """Remove temporary folders whose process, on this host, was killed."""
+    for folder in parent.glob(glob.escape(prefix) + "*"):
+        number = folder.name.removeprefix(prefix)
+        if number.isdigit() and not _runs(int(number)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's, and running
+    return True
 
 
 def refuse_occupied(path: Path) -> None:

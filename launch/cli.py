@@ -60,7 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(str(error))
     except OSError as error:
         # Only what a user can mend; any other OSError is a bug and shows its traceback.
-        if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+        if debug or error.errno not in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EFBIG,
+            errno.EROFS,
+            errno.EACCES,
+            errno.EPERM,
+        ):
             raise
         where = f" ({error.filename})" if error.filename else ""
         return _say(f"cannot read or write: {error.strerror}{where}; mend that and run the same command again")

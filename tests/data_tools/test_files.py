@@ -41,8 +41,10 @@ def test_a_killed_writer_leaves_no_final_folder(tmp_path):
     process.wait()
     time.sleep(0.1)
     assert not (tmp_path / "out").exists()
+    assert len(list(tmp_path.iterdir())) == 1  # what the killed process could not remove
     with atomic_dir(tmp_path / "out") as temporary:
         (temporary / "x").write_text("whole")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "x").read_text() == "whole"
 
 

@@ -148,6 +148,16 @@ def test_tissue_mask_agrees_with_where_color_is(small):
         assert float(row["tissue_mm2"]) == pytest.approx(truth.sum() * TRUTH_MPP**2 / 1e6, abs=1e-4)
 
 
+def test_tears_are_glass_in_the_image_and_in_the_masks():
+    drawn = scene("trabecular", seed=9, side_um=SIDE)
+    tears = next(layer for layer in drawn.layers if layer.plane == "tissue" and not layer.level.any())
+    torn = paint((Layer("tissue", tears.points, np.full_like(tears.level, 255)),), 1.0, (0, 0, SIDE, SIDE)) > 127
+    core = cv2.erode(torn.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
+    assert core.sum() > 50
+    assert not region_map(drawn, 1.0)[core].any()
+    assert render(drawn, 1.0)[core].min() > WHITE - 10
+
+
 def test_the_pen_is_where_its_mask_says():
     with_pen, without = (scene("nested", seed=6, side_um=SIDE, pen=pen) for pen in (True, False))
     change = np.abs(render(with_pen, 1.0).astype(int) - render(without, 1.0)).max(axis=-1) > 20
