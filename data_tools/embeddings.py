@@ -46,6 +46,7 @@ class Embeddings:
 
 def write_embeddings(path: Path | str, embeddings: Embeddings) -> None:
     """Write embeddings to ``path``, atomically."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     if len(embeddings.features) != len(embeddings.table):
@@ -67,7 +68,11 @@ def write_embeddings(path: Path | str, embeddings: Embeddings) -> None:
         "strings": json.dumps(strings),
     }
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:  # how it says that the disk is full
+            raise UserError(f"cannot write {path}: {error}; free some space and run the same command again") from None
+        temporary.chmod(0o644)  # safetensors makes it readable by its owner only
 
 
 def read_embeddings(path: Path | str) -> Embeddings:

@@ -78,7 +78,7 @@ class Optics:
     jpeg_quality: int = 90
     tint: tuple[float, float, float] = (1.0, 1.0, 1.0)
     vignette: float = 0.0
-    pen: tuple[float, float, float] = (1.9, 1.1, 0.25)
+    pen: tuple[float, ...] = (1.9, 1.1, 0.25)
 
 
 REFERENCE = Optics()

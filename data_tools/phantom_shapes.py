@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.floating]
-Labels = NDArray[np.uint8]
+# Floating point, and 8 bits; OpenCV's type stubs know neither.
+Floats = NDArray[Any]
+Labels = NDArray[Any]
 
 SUBPIXEL_BITS = 5
 BRUSH_PIXELS = 0.6

@@ -4,11 +4,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eosin.data_tools.errors import UserError
-from eosin.data_tools.files import atomic_path, read_json, write_json
+from eosin.data_tools.files import atomic_path, read_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,9 +42,11 @@ def write_results(path: Path | str, results: dict[str, Any], predictions: pd.Dat
     if missing:
         raise ValueError(f"results lack {missing}")
     path = Path(path)
-    with atomic_path(predictions_path(path)) as temporary:
-        predictions.to_parquet(temporary, index=False)
-    write_json(path, {"schema": SCHEMA, "kind": "eosin results"} | results)
+    text = json.dumps({"schema": SCHEMA, "kind": "eosin results"} | results, indent=1, allow_nan=False)
+    # Both are written before either is renamed, so that figures never stand beside other figures' predictions.
+    with atomic_path(path) as figures, atomic_path(predictions_path(path)) as samples:
+        predictions.to_parquet(samples, index=False)
+        figures.write_text(text + "\n", encoding="utf-8")
 
 
 def read_results(path: Path | str) -> tuple[dict[str, Any], pd.DataFrame]:

@@ -187,10 +187,15 @@ class ShardSet:
         try:
             self.tile_size: int = self.dataset["tile_size"]
             self.mpp: float | None = self.dataset["mpp"]
+            for shard in self.dataset["shards"]:
+                if Path(shard["file"]).name != shard["file"] or len(shard["sha256"]) != 64:
+                    raise KeyError(f"shard {shard['file']!r}")  # a file elsewhere is none of this set's
             self.tars = [self.folder / s["file"] for s in self.dataset["shards"]]
             self.indices = [self._map_index(tar, s) for tar, s in zip(self.tars, self.dataset["shards"])]
         except (KeyError, TypeError) as error:
-            raise UserError(f"{self.folder}/dataset.json is incomplete ({error}); make the shard set again") from None
+            raise UserError(
+                f"{self.folder}/dataset.json is incomplete or wrong ({error}); make the shard set again"
+            ) from None
         self.starts = np.cumsum([0, *(len(i) for i in self.indices)])
         self._files: dict[int, int] = {}
 
@@ -221,8 +226,11 @@ class ShardSet:
             int(row["meta_offset"]) - tarfile.BLOCKSIZE,
             int(row["meta_size"]) + tarfile.BLOCKSIZE,
         )
-        key = block[:100].rstrip(b"\0").decode().removesuffix(".json")
-        return {"key": key} | json.loads(block[tarfile.BLOCKSIZE :])
+        try:
+            key = block[:100].rstrip(b"\0").decode().removesuffix(".json")
+            return {"key": key} | json.loads(block[tarfile.BLOCKSIZE :])
+        except ValueError:
+            raise UserError(f"tile {tile} of {self.folder} is damaged; run 'eosin verify {self.folder}'") from None
 
     def column(self, name: str) -> np.ndarray:
         """One column of the whole index, [tiles]."""
@@ -237,7 +245,10 @@ class ShardSet:
         path = self.folder / "slides.parquet"
         if not path.is_file():
             raise UserError(f"{path} does not exist; the shard set is incomplete: run 'eosin verify {self.folder}'")
-        return pd.read_parquet(path)
+        try:
+            return pd.read_parquet(path)
+        except (ValueError, OSError) as error:  # pyarrow's errors are of these
+            raise UserError(f"{path} is not readable as Parquet ({' '.join(str(error).split())[:100]})") from None
 
     def table(self) -> pd.DataFrame:
         """One row a tile: everything known of the tile, joined with everything known of its slide."""

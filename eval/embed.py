@@ -90,10 +90,12 @@ def embed(encoder: Encoder, shards: ShardSet, out: Path, batch_size: int = 64) -
     if not np.isfinite(features).all():
         raise UserError(f"'{encoder.name}' gives values that are not finite; its weights are broken")
     table = shards.table().iloc[kept].reset_index(drop=True)
-    write_embeddings(out, Embeddings(features, table, fingerprint))
+    # The list first: embeddings that are there count as done.
+    refused_path(out).unlink(missing_ok=True)
     if refused:
         with atomic_path(refused_path(out)) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("key", "reason"), *refused])
+    write_embeddings(out, Embeddings(features, table, fingerprint))
     return Summary(len(features), features.shape[1], refused)
 
 
@@ -103,6 +105,7 @@ def refused_path(out: Path) -> Path:
 
 
 def _data_fingerprint(shards: ShardSet) -> dict[str, Any]:
+    shards.slides()  # says in a line what is wrong with the table
     return {"shards": shards.identity, "slides": sha256(shards.folder / "slides.parquet")}
 
 

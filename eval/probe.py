@@ -199,7 +199,7 @@ def _linear(
     from eosin.eval.linear import linear_probabilities
 
     probabilities = np.empty((len(folds), len(task.classes)))
-    chosen = []
+    chosen: list[float] = []
     for scored in _scored(folds, f"linear, {encoder.name}"):
         probabilities[scored], strength = linear_probabilities(
             features[scored],

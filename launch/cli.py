@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -39,6 +40,13 @@ Each verb explains itself: eosin VERB --help
 Exit codes: 0 done, 1 a bug, 2 your input, 3 done with refusals, 75 saved and to be continued"""
 
 
+# What a user can mend: no space, no permission, a path that leads through a file or is taken.
+MENDABLE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG),
+}
+
+
 class Formatter(argparse.RawDescriptionHelpFormatter):
     """Keeps the epilog's lines and shows defaults that say something."""
 
@@ -60,14 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(str(error))
     except OSError as error:
         # Only what a user can mend; any other OSError is a bug and shows its traceback.
-        if debug or error.errno not in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EFBIG,
-            errno.EROFS,
-            errno.EACCES,
-            errno.EPERM,
-        ):
+        if debug or error.errno not in MENDABLE:
             raise
         where = f" ({error.filename})" if error.filename else ""
         return _say(f"cannot read or write: {error.strerror}{where}; mend that and run the same command again")
@@ -114,7 +115,17 @@ def _say(line: str) -> int:
 
 def entry() -> None:
     """Entry point of the console script: exit with the verb's code."""
-    sys.exit(main())
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that has no µ must not turn finished work into an error.
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of a pipe has seen enough; what is left is not written at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,15 @@ def run_demo(out: Path, *, slides: Path | None, table: Path | None, seed: int, p
     Raises:
         UserError: ``out`` holds something else, or a demo of other settings.
     """
+    from eosin.ssl.config import load_config
+
     began = time.monotonic()
+    # What can be refused is refused before the folder exists.
+    load_config("demo", [f"data.shards={out / 'shards'}", f"run.dir={out / 'run'}", f"run.steps={steps}"])
+    if table and not table.is_file():
+        raise UserError(f"{table} does not exist; give a CSV file of what is known of the slides")
+    if patients < 1:
+        raise UserError(f"--patients {patients} makes no slide; give 1 or more")
     settings: dict[str, str | int | None] = {
         "slides": str(slides.resolve()) if slides else None,
         "table": str(table.resolve()) if table else None,

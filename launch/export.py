@@ -39,7 +39,7 @@ def export(run: Path, out: Path, *, results: list[Path], name: str) -> None:
 
     config = read_run_config(run)
     newest = checkpoint.latest(run)
-    step = read_json(newest / "checkpoint.json", "the description of a checkpoint")["step"]
+    step = checkpoint.describe(newest)["step"]
     found = [read_results(path)[0] for path in results]
     backbone = build_backbone(config)
     checkpoint.load_teacher(newest / checkpoint.TEACHER, backbone)

@@ -40,6 +40,14 @@ def latest(run: Path | str) -> Path:
     return found[-1]
 
 
+def describe(folder: Path) -> dict[str, Any]:
+    """What ``checkpoint.json`` of a checkpoint says: step, facts, torch version. Raises UserError when it is broken."""
+    about = read_json(folder / "checkpoint.json", "the description of a checkpoint")
+    if about.get("schema") != SCHEMA or not {"step", "facts"} <= set(about):
+        raise UserError(f"{folder} has schema {about.get('schema')!r} or is incomplete; this version reads {SCHEMA}")
+    return about
+
+
 def save(
     run: Path, step: int, model: StudentTeacher, optimizer: torch.optim.Optimizer, facts: dict[str, Any], keep: int
 ) -> None:
@@ -48,6 +56,7 @@ def save(
     Every process calls this. ``facts`` is plain data kept in ``checkpoint.json`` and compared on resuming.
     """
     import torch.distributed.checkpoint as dcp
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     folder = run / "checkpoints"
@@ -56,11 +65,21 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     distributed.barrier()
-    with _quiet():
-        dcp.save(_state(model, optimizer), checkpoint_id=partial, no_dist=distributed.ranks() == 1)
+    try:
+        with _quiet():
+            dcp.save(_state(model, optimizer), checkpoint_id=partial, no_dist=distributed.ranks() == 1)
+        if distributed.rank() == 0:
+            weights = {k: v.detach().cpu().contiguous() for k, v in model.teacher.backbone.state_dict().items()}
+            save_file(weights, partial / TEACHER, {"step": str(step)})
+    except (RuntimeError, OSError, SafetensorError, dcp.api.CheckpointException) as error:
+        if shutil.disk_usage(folder).free > 64 << 20:
+            raise
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"no space to save step {step} in {folder} ({type(error).__name__}); free some and run the same command "
+            "again: it goes on from the checkpoint before"
+        ) from None
     if distributed.rank() == 0:
-        weights = {k: v.detach().cpu().contiguous() for k, v in model.teacher.backbone.state_dict().items()}
-        save_file(weights, partial / TEACHER, {"step": str(step)})
         (partial / TEACHER).chmod(0o644)  # safetensors makes it readable by its owner only
         sync(partial / TEACHER)
         write_json(
@@ -86,15 +105,19 @@ def resume(run: Path, model: StudentTeacher, optimizer: torch.optim.Optimizer, f
     found = steps(run)
     if not found:
         return 0
-    about = read_json(found[-1] / "checkpoint.json", "the description of a checkpoint")
-    if about.get("schema") != SCHEMA:
-        raise UserError(f"{found[-1]} has schema {about.get('schema')!r}; this version reads {SCHEMA}")
+    about = describe(found[-1])
     for key, value in facts.items():
         if about["facts"].get(key) != value:
             raise UserError(f"{found[-1]} was trained on another {key}; start a new run.dir, or give the same {key}")
     state = _state(model, optimizer)
-    with _quiet():
-        dcp.load(state, checkpoint_id=found[-1], no_dist=distributed.ranks() == 1)
+    try:
+        with _quiet():
+            dcp.load(state, checkpoint_id=found[-1], no_dist=distributed.ranks() == 1)
+    except (RuntimeError, ValueError, OSError, EOFError, dcp.api.CheckpointException) as error:
+        raise UserError(
+            f"{found[-1]} cannot be read ({type(error).__name__}): it is damaged or of another network; "
+            "remove that folder to go on from the checkpoint before it"
+        ) from None
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return int(about["step"])
 

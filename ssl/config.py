@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -64,7 +65,7 @@ class Augment(Section):
     blur_sigma: Range = [0.1, 2.0]
     solarize: Probability = 0.0  # of the second global crop
     mean: RGB = [0.485, 0.456, 0.406]
-    std: RGB = [0.229, 0.224, 0.225]
+    std: Annotated[list[Positive], Field(min_length=3, max_length=3)] = [0.229, 0.224, 0.225]
 
 
 class Stain(Section):
@@ -107,7 +108,7 @@ class Optim(Section):
     patch_embed_lr: Positive = 0.2
     freeze_last_layer: Annotated[int, Field(ge=0)] = 0  # steps
     clip: Positive = 3.0
-    betas: Range = [0.9, 0.999]
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
 
 
 class Data(Section):
@@ -166,7 +167,10 @@ class Config(Section):
                 raise ValueError(f"{section}.{key}: [{low}, {high}] is not a range 0 < low <= high <= 1")
         for section, key in [("optim", "warmup"), ("optim", "freeze_last_layer")]:
             if getattr(getattr(self, section), key) > self.run.steps:
-                raise ValueError(f"{section}.{key}: is longer than the run's {self.run.steps} steps (run.steps)")
+                longest = getattr(getattr(self, section), key)
+                raise ValueError(
+                    f"{section}.{key}: {longest} steps are more than run.steps={self.run.steps}; change one"
+                )
         if self.objective.dino + self.objective.ibot == 0:
             raise ValueError("objective.dino: 0 with objective.ibot 0 leaves nothing to learn; set one above 0")
         return self
@@ -177,7 +181,10 @@ def patch_size(model: Model) -> int:
     import re
 
     if "patch_size" in model.args:
-        return int(model.args["patch_size"])
+        given = model.args["patch_size"]
+        if not isinstance(given, int) or given < 1:
+            raise ValueError(f"model.args.patch_size: {given!r} is not valid: give a number of pixels, 1 or more")
+        return given
     found = re.search(r"patch(\d+)", model.architecture)
     if not model.architecture.startswith("vit_") or not found:
         raise ValueError(f"model.architecture: '{model.architecture}' is not one of timm's vit_*_patch* names")
@@ -196,7 +203,7 @@ def load_config(recipe: str, overrides: list[str]) -> Config:
     try:
         tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(overrides))
         values = OmegaConf.to_container(tree, resolve=True)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(f"the overrides cannot be applied to {recipe}: {str(error).splitlines()[0]}") from None
     return _validate(values, recipe)
 
@@ -239,8 +246,6 @@ def _load_tree(path: Path, seen: tuple[Path, ...]) -> Any:
 
 
 def _load_yaml(path: Path) -> DictConfig:
-    import yaml
-
     try:
         tree = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:

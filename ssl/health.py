@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+SETTLED = 100  # steps; before them even a healthy teacher still answers evenly
+
 
 def warnings(record: dict[str, float], prototypes: int) -> list[str]:
     """Sentences about one logged record of a run, none when it is healthy.
@@ -14,7 +16,7 @@ def warnings(record: dict[str, float], prototypes: int) -> list[str]:
     """
     top = math.log(prototypes)
     said = []
-    warm = record["step"] > record["warmup"]
+    warm = record["step"] > max(record["warmup"], SETTLED)
     if warm and record["prototype_entropy"] < 0.2 * top:
         said.append("nearly all crops fall on a few prototypes: the teacher has collapsed to one answer")
     if warm and record["teacher_entropy"] > 0.98 * top and record["dino"] > 0.98 * top:

@@ -10,7 +10,10 @@ def effective_rank(features: torch.Tensor) -> float:
     """RankMe: exp of the entropy of the normalized singular values of ``features``, [N, D], in [1, min(N, D)].
 
     Garrido et al. 2023, eq. 2. Features are centered first, so that a common offset does not count as a direction.
+    NaN where a feature is not finite.
     """
+    if not torch.isfinite(features).all():
+        return float("nan")
     centered = features.float() - features.float().mean(dim=0)
     singular = torch.linalg.svdvals(centered)
     shares = singular / singular.sum().clamp(min=1e-12)

@@ -199,8 +199,7 @@ class _Log:
                 self.events.add_scalar(name, value, done)
         self.last = f"loss {means['loss']:.3f}, {record['images_per_second']:.0f} images/s"
         known = {k: float("nan") if v is None else v for k, v in record.items()}
-        warm = max(self.config.optim.warmup, 10)
-        for sentence in health.warnings(known | {"warmup": warm}, self.config.objective.prototypes):
+        for sentence in health.warnings(known | {"warmup": self.config.optim.warmup}, self.config.objective.prototypes):
             if sentence not in self.said:
                 self.said.add(sentence)
                 print(f"step {done}: {sentence}", file=sys.stderr)

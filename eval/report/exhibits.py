@@ -221,9 +221,8 @@ def _switched_off(m: Material) -> list[Block]:
 def _health(m: Material) -> list[str]:
     """Each warning once, with the step that first gave rise to it."""
     first: dict[str, tuple[int, str]] = {}
-    warm = max(m.config.optim.warmup, 10)
     for record in m.records:
-        known = {k: math.nan if v is None else v for k, v in record.items()} | {"warmup": warm}
+        known = {k: math.nan if v is None else v for k, v in record.items()} | {"warmup": m.config.optim.warmup}
         for sentence in health.warnings(known, m.config.objective.prototypes):
             kind = re.sub(r"\d+", "", sentence)  # counts grow from record to record
             first[kind] = (first.get(kind, (record["step"], ""))[0], sentence)

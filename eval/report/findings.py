@@ -14,14 +14,8 @@ from typing import Any
 import pandas as pd
 
 from eosin.data_tools.results import read_results
+from eosin.eval.describe import PRIMARY, TITLES
 
-PRIMARY = "balanced_accuracy"
-METRICS = {
-    "balanced_accuracy": "balanced accuracy",
-    "macro_f1": "macro-F1",
-    "accuracy": "accuracy",
-    "auroc": "AUROC",
-}
 PROTOCOLS = {"dinov2-knn": "kNN", "linear": "Linear probe", "mil": "Slide probe (MIL)"}
 VERBS = {"dinov2-knn": "knn", "linear": "linear", "mil": "mil"}
 WORDS = {"trained": "trained", "random": "random weights", "color": "color alone"}
@@ -151,7 +145,7 @@ def sentence(probe: Probe) -> str:
         parts.append(f"{verb} {theirs} (difference {interval(pair, signed=True)}, {sure})")
     said = "; it ".join(parts) or "stands alone, so this says little"
     return (
-        f"{probe.title} ({METRICS[PRIMARY]}; {probe.conditions}): {probe.called(ours)} "
+        f"{probe.title} ({TITLES[PRIMARY]}; {probe.conditions}): {probe.called(ours)} "
         f"{interval(ours['metrics'][PRIMARY])} {said}. Chance is {number(probe.data['chance'][PRIMARY])}."
     )
 
@@ -190,10 +184,8 @@ def verdict_rows(found: list[Probe]) -> tuple[list[str], list[list[str]]]:
 
 def metric_rows(probe: Probe) -> list[list[str]]:
     """Every encoder of a probe with all metrics, and chance as the last row."""
-    rows = [
-        [r["name"], *(interval(r["metrics"][m]) if m in r["metrics"] else "–" for m in METRICS)] for r in probe.rows
-    ]
-    chance = [number(probe.data["chance"][m]) if m in probe.data["chance"] else "–" for m in METRICS]
+    rows = [[r["name"], *(interval(r["metrics"][m]) if m in r["metrics"] else "–" for m in TITLES)] for r in probe.rows]
+    chance = [number(probe.data["chance"][m]) if m in probe.data["chance"] else "–" for m in TITLES]
     return [*rows, ["chance", *chance]]
 
 

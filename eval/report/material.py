@@ -14,7 +14,6 @@ import pandas as pd
 from timm.models.vision_transformer import VisionTransformer
 
 from eosin.data_tools.errors import UserError
-from eosin.data_tools.files import read_json
 from eosin.data_tools.shards import ShardSet
 from eosin.eval.report.findings import Results, load
 from eosin.eval.task import text
@@ -56,7 +55,7 @@ class Material:
         """The newest checkpoint's description, {} where there is none."""
         if self.checkpoint is None:
             return {}
-        return read_json(self.checkpoint / "checkpoint.json", "the description of a checkpoint")
+        return checkpoint.describe(self.checkpoint)
 
     @cached_property
     def teacher(self) -> VisionTransformer | None:

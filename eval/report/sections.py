@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from eosin.eval.describe import PRIMARY, TITLES
 from eosin.eval.report import findings, plots
 from eosin.eval.report.findings import Results
 from eosin.eval.report.material import Material
@@ -42,7 +43,7 @@ def verdict(m: Material) -> Section:
     blocks: list[Block] = [Words(findings.headline(found), "verdict")]
     warned = [*_strangers(m), *findings.below_chance(found)]
     blocks += [Words(warned, "warning")] if warned else []
-    caption = f"{findings.METRICS[findings.PRIMARY].capitalize()} with 95 % intervals."
+    caption = f"{TITLES[PRIMARY].capitalize()} with 95 % intervals."
     blocks.append(Table(head, rows, caption))
     blocks.append(Words([findings.sentence(probe) for probe in found], "list"))
     notes = dict.fromkeys(note for r in m.results for note in r.data.get("notes", []))
@@ -86,17 +87,17 @@ def probes(m: Material) -> Section:
     panels = [
         plots.Panel(
             f"{p.title} · {p.data['label']}",
-            p.data["chance"][findings.PRIMARY],
+            p.data["chance"][PRIMARY],
             [(r["name"], findings.role_of(r), *_values(r)) for r in p.rows],
         )
         for p in found
     ]
-    label = findings.METRICS[findings.PRIMARY]
+    label = TITLES[PRIMARY]
     drawn = chart(plots.forest(panels, label), f"{label} of every encoder under every probe, with intervals")
     blocks: list[Block] = [Gallery([drawn], 2000)]
     for probe in found:
         rows = findings.metric_rows(probe)
-        head = ["Encoder", *findings.METRICS.values()]
+        head = ["Encoder", *TITLES.values()]
         caption = f"{probe.title}: {probe.conditions}; {probe.data['groups']} groups."
         blocks.append(Table(head, rows, caption, frozenset([len(rows) - 1])))
     for result in m.results:
@@ -252,7 +253,7 @@ def _print_cells(fingerprint: dict[str, Any]) -> list[str]:
 
 
 def _values(row: dict[str, Any]) -> tuple[float, float, float]:
-    found = row["metrics"][findings.PRIMARY]
+    found = row["metrics"][PRIMARY]
     return found["value"], found["low"], found["high"]
 
 

@@ -310,6 +310,7 @@ def full_set(tmp_path_factory) -> list[tuple[np.ndarray, dict[str, str]]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_floor_colors_and_spectrum_do_not_tell_the_class(full_set):
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import balanced_accuracy_score
@@ -342,6 +343,7 @@ def one_thread():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.usefixtures("one_thread")
 def test_ceiling_a_small_supervised_network_tells_the_class(full_set):
     import torch

@@ -34,7 +34,7 @@ def test_same_group_rate_of_separate_and_of_random_features():
 def healthy(**changes):
     top = math.log(64)
     return {
-        "step": 100, "warmup": 10, "dino": 0.7 * top, "teacher_entropy": 0.5 * top, "prototype_entropy": 0.9 * top,
+        "step": 300, "warmup": 10, "dino": 0.7 * top, "teacher_entropy": 0.5 * top, "prototype_entropy": 0.9 * top,
         "mean_cosine": 0.2, "effective_rank": 20, "skipped": 0,
     } | changes  # fmt: skip
 
