@@ -243,7 +243,7 @@ def _cords(rng: np.random.Generator, side_um: float, pitch_um: float) -> Floats:
         return noise / noise.std()
 
     phase = rng.uniform(0, 2 * np.pi, (len(row), 1)) + np.cumsum(rng.normal(0, 0.12, row.shape), axis=1)
-    beads = 1 + 0.65 * np.sin(2 * np.pi * along / (1.05 * pitch_um) + phase)
+    beads = 1 + 0.58 * np.sin(2 * np.pi * along / (1.05 * pitch_um) + phase)
     half_width = 0.2 * pitch_um * beads * np.exp(0.14 * wander(pitch_um))
     line = line + normal * (0.065 * pitch_um * wander(0.4 * pitch_um))[..., None]
     side = normal * half_width[..., None]

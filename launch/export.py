@@ -105,9 +105,9 @@ def _data(shards: str) -> dict[str, Any]:
         "tile_size": data.tile_size,
         "synthetic": "synthetic" in table and table["synthetic"].astype(str).str.lower().isin(["true", "1"]).any(),
         "counts": {
-            column: table[column].nunique()
+            column: table[column].replace("", None).nunique()
             for column in ("slide", "patient", "site", "scanner", "organ")
-            if column in table and table[column].nunique()
+            if column in table and table[column].replace("", None).nunique()
         },
         "stains": sorted(set(table["stain"].dropna().astype(str))) if "stain" in table else [],
     }

@@ -20,7 +20,7 @@ def warnings(record: dict[str, float], prototypes: int) -> list[str]:
     if warm and record["prototype_entropy"] < 0.2 * top:
         said.append("nearly all crops fall on a few prototypes: the teacher has collapsed to one answer")
     if warm and record["teacher_entropy"] > 0.98 * top and record["dino"] > 0.98 * top:
-        said.append(f"the loss stays at ln K = {top:.2f} and the teacher answers evenly: nothing is being learned")
+        said.append(f"the loss stays at ln K = {top:.2f} and the teacher answers evenly: DINO teaches nothing yet")
     if warm and record["mean_cosine"] > 0.98:
         said.append("features of different tiles point the same way (mean cosine above .98): they are collapsing")
     if warm and record["effective_rank"] < 3:
