@@ -333,7 +333,7 @@ def factors(seed: int, patient: int, number: int, nuisances: Collection[str]) ->
     """The arguments of :func:`scene` for one slide: its biology, the shape of its nuclei, what lies on the glass.
 
     They follow a patient's rank within the class, as everything in :func:`optics` does: the patients of one rank are
-    matched, so that no factor tells the class, in any number of patients.
+    matched, so that no factor tells the class in complete sets of three.
     """
     rank = patient // len(CLASSES)
     nature = generator(seed, rank, purpose("phantom nature"))
