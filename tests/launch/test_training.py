@@ -71,7 +71,8 @@ def assert_equal_runs(run: Path, one: Path) -> None:
     weights, expected_weights = (load_file(r / f"checkpoints/step-{STEPS:08d}/teacher.safetensors") for r in (run, one))
     assert weights.keys() == expected_weights.keys()
     for name, value in expected_weights.items():
-        np.testing.assert_allclose(weights[name], value, atol=1e-6, err_msg=name)
+        # AdamW turns the last bits of a tiny gradient into a share of a whole step, hence more than rounding.
+        np.testing.assert_allclose(weights[name], value, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.slow
