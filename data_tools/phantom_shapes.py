@@ -60,10 +60,12 @@ def paint(layers: tuple[Layer, ...], mpp: float, box_um: tuple[float, float, flo
 
 
 def full(points: Floats, level: int) -> Labels:
+    """The same gray level, 0 to 255, for each of N shapes: [N] uint8."""
     return np.full(len(points), level, np.uint8)
 
 
 def levels(rng: np.random.Generator, count: int, mean: float, spread: float) -> Labels:
+    """Gray levels of ``count`` shapes, normally distributed and clipped to 1 to 255: [count] uint8."""
     return np.clip(rng.normal(mean, spread, count), 1, 255).astype(np.uint8)
 
 

@@ -62,7 +62,7 @@ def test_a_base_circle_is_refused(tmp_path):
 @pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "{}: {}"])
 def test_broken_yaml_is_one_line(tmp_path, text):
     (tmp_path / "a.yaml").write_text(text)
-    complaint(recipe=str(tmp_path / "a.yaml"))
+    assert "a.yaml" in complaint(recipe=str(tmp_path / "a.yaml"))
 
 
 def test_the_resolved_configuration_reads_back(tmp_path):
