@@ -29,6 +29,7 @@ class Batch(TypedDict):
 
     images: torch.Tensor  # [B, 3, T, T] uint8
     position: torch.Tensor  # [B] int64, place in the endless stream: the key of every random draw of the sample
+    tile: torch.Tensor  # [B] int64, number in the shard set
     slide: torch.Tensor  # [B] int64, row in the slides table
     bad: list[tuple[int, str]]  # (tile, reason) of tiles replaced by a later one
 
@@ -78,14 +79,15 @@ class Tiles(Dataset):
     def __getitem__(self, positions: np.ndarray) -> Batch:
         size = self.shards.tile_size
         images = np.empty((len(positions), size, size, 3), dtype=np.uint8)
-        slides = np.empty(len(positions), dtype=np.int64)
+        tiles, slides = np.empty(len(positions), dtype=np.int64), np.empty(len(positions), dtype=np.int64)
         bad: list[tuple[int, str]] = []
         for i, tile in enumerate(order(positions, len(self.shards), self.seed)):
-            images[i], good = self._usable(int(tile), bad)
-            slides[i] = self.shards.row(good)["slide"]
+            images[i], tiles[i] = self._usable(int(tile), bad)
+            slides[i] = self.shards.row(int(tiles[i]))["slide"]
         return Batch(
             images=torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
             position=torch.from_numpy(positions),
+            tile=torch.from_numpy(tiles),
             slide=torch.from_numpy(slides),
             bad=bad,
         )

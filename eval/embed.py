@@ -8,10 +8,10 @@ from __future__ import annotations
 import csv
 import itertools
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from eosin.data_tools.progress import progress
 from eosin.data_tools.shards import ShardSet
 from eosin.data_tools.stream import decode
 from eosin.eval.encoders import Encoder
-from eosin.ssl.stain.normalizer import Normalizer, make_normalizer
+from eosin.ssl.stain.normalizer import REASONS, Normalizer, make_normalizer
 
 BAD_BOUND = 0.01
 BAD_ALWAYS_ALLOWED = 3
@@ -42,12 +42,14 @@ class Summary:
         dimension: of a feature.
         refused: (key, reason) of each tile left out.
         cached: the file was there already and nothing was done.
+        raw: how many tiles stayed without stain normalization, by reason.
     """
 
     tiles: int
     dimension: int
     refused: list[tuple[str, str]]
     cached: bool = False
+    raw: Counter[str] = field(default_factory=Counter)
 
 
 def embed(encoder: Encoder, shards: ShardSet, out: Path, batch_size: int = 64) -> Summary:
@@ -71,6 +73,7 @@ def embed(encoder: Encoder, shards: ShardSet, out: Path, batch_size: int = 64) -
         raise UserError(f"{shards.folder} holds no tiles")
 
     numbers, rows, refused = [], [], []
+    raw: Counter[str] = Counter()
     batches = range(0, len(shards), batch_size)
     stream = progress(_batches(shards, batch_size), total=len(batches), desc=f"embed {encoder.name}", unit="batches")
     for tiles, images, bad in stream:
@@ -82,7 +85,7 @@ def embed(encoder: Encoder, shards: ShardSet, out: Path, batch_size: int = 64) -
             )
         if len(tiles):
             numbers.append(tiles)
-            rows.append(_features(encoder, normalizer, images, shards, tiles))
+            rows.append(_features(encoder, normalizer, images, shards, tiles, raw))
     if not numbers:
         raise UserError(f"no tile of {shards.folder} can be used; run 'eosin verify {shards.folder}'")
     kept = np.concatenate(numbers)
@@ -96,7 +99,7 @@ def embed(encoder: Encoder, shards: ShardSet, out: Path, batch_size: int = 64) -
         with atomic_path(refused_path(out)) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("key", "reason"), *refused])
     write_embeddings(out, Embeddings(features, table, fingerprint))
-    return Summary(len(features), features.shape[1], refused)
+    return Summary(len(features), features.shape[1], refused, raw=raw)
 
 
 def refused_path(out: Path) -> Path:
@@ -110,12 +113,18 @@ def _data_fingerprint(shards: ShardSet) -> dict[str, Any]:
 
 
 def _features(
-    encoder: Encoder, normalizer: Normalizer | None, images: np.ndarray, shards: ShardSet, tiles: np.ndarray
+    encoder: Encoder,
+    normalizer: Normalizer | None,
+    images: np.ndarray,
+    shards: ShardSet,
+    tiles: np.ndarray,
+    raw: Counter[str],
 ) -> np.ndarray:
     pixels = torch.from_numpy(images).to(encoder.device).permute(0, 3, 1, 2).contiguous()  # [B, 3, T, T]
     if normalizer:
         slides = np.array([shards.row(int(t))["slide"] for t in tiles], dtype=np.int64)
-        pixels = normalizer(pixels, torch.from_numpy(slides))
+        pixels, reason = normalizer(pixels, torch.from_numpy(slides))
+        raw.update(REASONS[r] for r in reason.tolist() if r)
     return encoder(pixels).cpu().numpy()
 
 

@@ -37,15 +37,15 @@ class Encoder:
     Attributes:
         name: for tables and plots.
         fingerprint: plain data; equal fingerprints give equal features on one device.
-        stain: the stain normalization that tiles need first: "off", "tile" or "slide"
-            (see :func:`~eosin.ssl.stain.normalizer.make_normalizer`).
+        stain: the stain normalization that tiles need first, None for none
+            (see :func:`~eosin.ssl.stain.normalizer.describe`).
         device: where tiles must be.
         function: uint8 tiles [B, 3, H, W] -> features [B, D].
     """
 
     name: str
     fingerprint: dict[str, Any]
-    stain: str
+    stain: dict[str, Any] | None
     device: torch.device
     function: Callable[[torch.Tensor], torch.Tensor]
 
@@ -72,7 +72,7 @@ def load_encoder(
     kind, _, rest = encoder.partition(":")
     if encoder == "color":
         fingerprint = {"name": "color", "statistics": "mean, deviation, 10th and 90th percentile of R, G and B"}
-        return Encoder("color", fingerprint, "off", device, color_statistics)
+        return Encoder("color", fingerprint, None, device, color_statistics)
     if kind == "timm":
         return _timm_encoder(rest, pooling, pretrained, device)
     if kind == "random":
@@ -159,7 +159,7 @@ def _timm_encoder(name: str, pooling: str, pretrained: bool, device: torch.devic
     found = resolve_model_data_config(model)
     preprocessing = {"size": found["input_size"][-1], "mean": list(found["mean"]), "std": list(found["std"])}
     title = f"timm:{name}" if pretrained else f"random:{name}"
-    return _model_encoder(title, model, preprocessing, "off", pooling, device)
+    return _model_encoder(title, model, preprocessing, None, pooling, device)
 
 
 def _folder_encoder(folder: Path, pooling: str, device: torch.device, *, trained: bool) -> Encoder:
@@ -174,11 +174,12 @@ def _folder_encoder(folder: Path, pooling: str, device: torch.device, *, trained
     return _model_encoder(name if trained else f"random:{name}", model, preprocessing, stain, pooling, device)
 
 
-def _load_run(run: Path, trained: bool) -> tuple[nn.Module, dict[str, Any], str]:
+def _load_run(run: Path, trained: bool) -> tuple[nn.Module, dict[str, Any], dict[str, Any] | None]:
     """A run's backbone. Untrained, it holds the very weights that training began with."""
     from eosin.ssl.backbone import build_backbone
     from eosin.ssl.checkpoint import TEACHER, latest, load_teacher
     from eosin.ssl.config import read_run_config
+    from eosin.ssl.stain.normalizer import describe_run
 
     config = read_run_config(run)
     with torch.random.fork_rng([]):
@@ -187,10 +188,10 @@ def _load_run(run: Path, trained: bool) -> tuple[nn.Module, dict[str, Any], str]
     if trained:
         load_teacher(latest(run) / TEACHER, model)
     preprocessing = {"size": config.crops.global_size, "mean": config.augment.mean, "std": config.augment.std}
-    return model, preprocessing, config.stain.normalize
+    return model, preprocessing, describe_run(run, config.stain)
 
 
-def _load_release(folder: Path, trained: bool) -> tuple[nn.Module, dict[str, Any], str]:
+def _load_release(folder: Path, trained: bool) -> tuple[nn.Module, dict[str, Any], dict[str, Any] | None]:
     import timm
 
     from eosin.ssl.checkpoint import load_teacher
@@ -213,32 +214,29 @@ def _load_release(folder: Path, trained: bool) -> tuple[nn.Module, dict[str, Any
     return model, preprocessing, _release_stain(folder / "preprocessing.json")
 
 
-def _release_stain(path: Path) -> str:
+def _release_stain(path: Path) -> dict[str, Any] | None:
     """The stain normalization of a release; folders of other makers have none."""
-    from eosin.ssl.stain.normalizer import describe_reference
+    from eosin.ssl.stain.normalizer import read_normalization
 
-    if not path.is_file():
-        return "off"
-    stain = read_json(path, "the preprocessing of a release").get("stain")
-    if stain is None:
-        return "off"
-    if stain.get("mode") not in ("tile", "slide") or stain != describe_reference(stain["mode"]):
-        raise UserError(f"{path}: its stain normalizer is not one that this version of Eosin can apply")
-    return stain["mode"]
+    stain = read_json(path, "the preprocessing of a release").get("stain") if path.is_file() else None
+    return None if stain is None else read_normalization(stain, path)
 
 
 def _model_encoder(
-    name: str, model: nn.Module, preprocessing: dict[str, Any], stain: str, pooling: str, device: torch.device
+    name: str,
+    model: nn.Module,
+    preprocessing: dict[str, Any],
+    stain: dict[str, Any] | None,
+    pooling: str,
+    device: torch.device,
 ) -> Encoder:
-    from eosin.ssl.stain.normalizer import describe_reference
-
     model = model.eval().requires_grad_(False)
     fingerprint = {
         "name": name,
         "weights": weights_sha256(model),
         "preprocessing": preprocessing,
-        "stain": stain,
-        "normalizer": describe_reference(stain),
+        "stain": stain["mode"] if stain else "off",
+        "normalizer": stain,
         "pooling": pooling,
     }
     model = model.to(device)

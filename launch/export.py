@@ -55,7 +55,7 @@ def export(run: Path, out: Path, *, results: list[Path], name: str) -> None:
         save_for_hf(backbone, str(folder), safe_serialization=True, data_config=data_config)
         (folder / "model.safetensors").chmod(0o644)
         _drop_num_classes(folder / "config.json")
-        preprocessing = _preprocessing(config)
+        preprocessing = _preprocessing(run, config)
         write_json(folder / "preprocessing.json", preprocessing)
         facts = {
             "name": name,
@@ -78,8 +78,8 @@ def _drop_num_classes(path: Path) -> None:
     write_json(path, config)
 
 
-def _preprocessing(config: Any) -> dict[str, Any]:
-    from eosin.ssl.stain.normalizer import describe_reference
+def _preprocessing(run: Path, config: Any) -> dict[str, Any]:
+    from eosin.ssl.stain.normalizer import describe_run
 
     return {
         "schema": SCHEMA,
@@ -87,7 +87,7 @@ def _preprocessing(config: Any) -> dict[str, Any]:
         "resize": "the whole tile, bicubic, antialiased",
         "mean": config.augment.mean,
         "std": config.augment.std,
-        "stain": describe_reference(config.stain.normalize),
+        "stain": describe_run(run, config.stain),
     }
 
 

@@ -13,7 +13,7 @@ import torch
 
 from eosin.data_tools.draws import hash32, purpose, uniform
 from eosin.ssl.config import Augment, Config
-from eosin.ssl.stain.jitter import hed_jitter
+from eosin.ssl.stain.augment import Crops
 
 TRIES = 10  # as torchvision.transforms.RandomResizedCrop
 ASPECT = (3 / 4, 4 / 3)
@@ -21,25 +21,25 @@ GRAY = (0.299, 0.587, 0.114)  # ITU-R 601-2 luma, as torchvision
 
 
 def multi_crop(
-    images: torch.Tensor, positions: torch.Tensor, he: torch.Tensor, config: Config
+    images: torch.Tensor, positions: torch.Tensor, config: Config, stain: Crops | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """All crops of a batch of tiles.
 
     Args:
         images: [B, 3, T, T] uint8.
         positions: [B] int64, each sample's place in the stream.
-        he: [B] bool, whether the tile is H&E; H&E-only operations are off where False.
+        stain: the stain operations for these tiles, from :class:`~eosin.ssl.stain.augment.Augmenter`.
 
     Returns:
         Global crops [2, B, 3, G, G] and local crops [L, B, 3, S, S], float32, normalized by mean and std.
     """
     crops = config.crops
-    globals_ = _views(images, positions, he, config, [0, 1], crops.global_size, crops.global_scale)
+    globals_ = _views(images, positions, config, stain, [0, 1], crops.global_size, crops.global_scale)
     locals_ = _views(
         images,
         positions,
-        he,
         config,
+        stain,
         list(range(2, 2 + crops.local_count)),
         crops.local_size,
         crops.local_scale,
@@ -94,8 +94,8 @@ def resize_weights(start: torch.Tensor, length: torch.Tensor, side: int, size: i
 def _views(
     images: torch.Tensor,
     positions: torch.Tensor,
-    he: torch.Tensor,
     config: Config,
+    stain: Crops | None,
     views: list[int],
     size: int,
     scale: list[float],
@@ -122,8 +122,8 @@ def _views(
     if augment.rotate90:  # with both flips, a transposition reaches all eight symmetries of a square
         out = _where(uniform(keys, purpose("transpose")) < 0.5, out.transpose(2, 3), out)
 
-    if config.stain.augment == "hed":
-        out = hed_jitter(out, keys, config.stain.hed_sigma, he.repeat_interleave(count))
+    if stain is not None:
+        out = stain(out, keys, torch.arange(batch, device=out.device).repeat_interleave(count))
     matrices, offsets = color_maps(out, keys, augment)
     out = (matrices @ out.flatten(2)).add_(offsets).clamp_(0, 1).view_as(out)
     blur = torch.tensor([augment.blur[min(v, 2)] for v in views], device=out.device).repeat(batch)

@@ -68,13 +68,59 @@ class Augment(Section):
     std: Annotated[list[Positive], Field(min_length=3, max_length=3)] = [0.229, 0.224, 0.225]
 
 
+class Hed(Section):
+    """HED jitter (Tellez 2019): alpha and beta within sigma."""
+
+    op: Literal["hed"]
+    p: Probability = 1.0
+    sigma: NonNegative = 0.05
+
+
+class Perturb(Section):
+    """The tile's own stains moved: concentrations by alpha and beta, vectors by vector."""
+
+    op: Literal["perturb"]
+    p: Probability = 1.0
+    alpha: NonNegative = 0.2
+    beta: NonNegative = 0.2
+    vector: NonNegative = 0.05
+
+
+class RandStainNA(Section):
+    """Lab statistics drawn from their distribution over slides (Shen 2022)."""
+
+    op: Literal["randstainna"]
+    p: Probability = 1.0
+    spread: NonNegative = 1.0
+
+
+class Reinhard(Section):
+    """Lab statistics of another slide (RudolfV)."""
+
+    op: Literal["reinhard"]
+    p: Probability = 1.0
+
+
+OPERATIONS: dict[Any, type[Section]] = {
+    "hed": Hed,
+    "perturb": Perturb,
+    "randstainna": RandStainNA,
+    "reinhard": Reinhard,
+}
+StainOperation = Annotated[Hed | Perturb | RandStainNA | Reinhard, Field(discriminator="op")]
+
+
 class Stain(Section):
-    """Stain operations in optical density; they switch off for slides that are not H&E."""
+    """Stain operations; they switch off for slides that are not H&E. First normalization, then augmentation."""
 
     # YAML reads a bare `off` as false.
     normalize: Annotated[Literal["off", "tile", "slide"], BeforeValidator(lambda v: "off" if v is False else v)] = "off"
-    augment: Literal["none", "hed"] = "none"
-    hed_sigma: NonNegative = 0.05
+    method: Literal["macenko", "reinhard", "reinhard-modified"] = "macenko"
+    convention: Literal["eosin", "torchstain", "tiatoolbox"] = "eosin"  # whose constants Macenko's method has
+    reference: Annotated[str, Field(min_length=1)] = "eosin"  # a name, or the path of a JSON, image, slide, shard set
+    unfitted: Literal["keep_raw"] = "keep_raw"  # what cannot be fitted stays as it is, counted and listed
+    # In this order, on each crop by itself.
+    augment: Annotated[list[StainOperation], BeforeValidator(lambda v: [] if v == "none" else v)] = []
 
 
 class Objective(Section):
@@ -270,7 +316,10 @@ def _line(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         section: Any = Config
         for part in error["loc"][:-1]:
-            section = section.model_fields[part].annotation
+            if isinstance(part, int) or part in OPERATIONS:  # a place in stain.augment, and the operation there
+                section = OPERATIONS.get(part, section)
+            else:
+                section = section.model_fields[part].annotation
         return f"there is no key '{key}'; {nearest(str(error['loc'][-1]), list(section.model_fields))}"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])

@@ -30,11 +30,20 @@ from eosin.ssl.metrics import effective_rank, mean_cosine, same_group_rate
 from eosin.ssl.network import StudentTeacher
 from eosin.ssl.optimizer import build_optimizer, set_moment
 from eosin.ssl.schedules import Moment, at
-from eosin.ssl.stain.normalizer import is_he, make_normalizer
+from eosin.ssl.stain.augment import Augmenter, make_augmenter
+from eosin.ssl.stain.normalizer import (
+    NO_FIT,
+    REASONS,
+    Normalizer,
+    describe_run,
+    make_normalizer,
+    save_description,
+)
 
 # What may differ when a run is continued: none of it changes what is learned.
 FREE = {"data.shards", "data.workers", "run.dir", "run.device", "run.log_every", "run.checkpoint_every", "run.keep"}
 BAD_ALWAYS_ALLOWED = 3
+RAW_LISTED = 10_000  # tiles without stain normalization that a process lists
 
 
 def train(config: Config) -> int:
@@ -58,10 +67,13 @@ def train(config: Config) -> int:
 def _train(config: Config, device: torch.device, stop: list[int]) -> int:
     run, steps = Path(config.run.dir), config.run.steps
     shards = ShardSet(config.data.shards)
-    normalizer = make_normalizer(config.stain.normalize, shards)
-    he = torch.tensor(is_he(shards.slides()), device=device)
-    if distributed.rank() == 0 and not he.all() and (normalizer or config.stain.augment != "none"):
-        print(f"stain: {int((~he).sum())} of {len(he)} slides are not H&E; H&E operations are off for them")
+    normalization = describe_run(run, config.stain)
+    normalizer = make_normalizer(normalization, shards)
+    augmenter = make_augmenter(config.stain, shards, normalizer)
+    if distributed.rank() == 0:
+        for line in _stain_notes(normalizer, augmenter):
+            print(line)
+    augmenter = augmenter.to(device) if augmenter else None
 
     torch.manual_seed(config.run.seed)
     model = StudentTeacher(config).to(device)
@@ -90,6 +102,7 @@ def _train(config: Config, device: torch.device, stop: list[int]) -> int:
     )
     if distributed.rank() == 0:
         # Only now, when all that can be refused has been, does the run exist.
+        save_description(run, normalization)
         write_config(run / "config.yaml", config)
     log = _Log(config, start)
     if distributed.rank() == 0:
@@ -99,8 +112,9 @@ def _train(config: Config, device: torch.device, stop: list[int]) -> int:
         set_moment(optimizer, moment)
         images, positions, slides = (batch[k].to(device, non_blocking=True) for k in ("images", "position", "slide"))
         if normalizer:
-            images = normalizer(images, slides)
-        crops = multi_crop(images, positions, he[slides], config)
+            images, raw = normalizer(images, slides)
+            log.note_raw(batch["tile"], raw)
+        crops = multi_crop(images, positions, config, augmenter.of(images, slides) if augmenter else None)
         masks = _masks(batch, config).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             terms = model.losses(student, list(crops), masks, positions, moment.teacher_temperature)
@@ -149,6 +163,8 @@ class _Log:
         self.config, self.run = config, Path(config.run.dir)
         self.skipped, self.last = 0, ""
         self.bad: dict[int, str] = {}
+        self.raw: list[tuple[torch.Tensor, torch.Tensor]] = []  # since the last record: tiles, and why they are raw
+        self.raw_listed: set[int] = set()
         self.said: set[str] = set()
         self.clock, self.clock_step = time.monotonic(), start
         self.path = self.run / "metrics.jsonl"
@@ -168,6 +184,7 @@ class _Log:
         with torch.no_grad():
             cls = distributed.all_rows(terms.pop("cls")[0].float())  # [B, D]
             slides = distributed.all_rows(slides)
+            raw, seen = distributed.all_sum(self._list_raw())
             means = {k: float(distributed.all_sum(v.detach().float()) / distributed.ranks()) for k, v in terms.items()}
         if distributed.rank() != 0:
             return
@@ -188,6 +205,7 @@ class _Log:
             "images_per_second": (done - self.clock_step) * self.config.data.batch / max(now - self.clock, 1e-9),
             "skipped": self.skipped,
             "bad_tiles": len(self.bad),
+            "stain_raw": float(raw / seen) if seen else 0.0,
         }
         self.clock, self.clock_step = now, done
         # JSON has no NaN.
@@ -204,6 +222,30 @@ class _Log:
                 self.said.add(sentence)
                 print(f"step {done}: {sentence}", file=sys.stderr)
 
+    def note_raw(self, tiles: torch.Tensor, reason: torch.Tensor) -> None:
+        """Keep which tiles stay without stain normalization, and why; they are counted when a record is written."""
+        self.raw.append((tiles, reason))
+
+    def _list_raw(self) -> torch.Tensor:
+        """Count the tiles kept by :meth:`note_raw`, [2]: raw ones and all; list each raw one once.
+
+        Tiles of a slide without a fit are not listed one by one: the slides table has the slide and its reason.
+        """
+        if not self.raw:
+            return torch.zeros(2)
+        tiles, reason = (torch.cat(column).cpu() for column in zip(*self.raw))
+        self.raw.clear()
+        lines = []
+        for place in ((reason > 0) & (reason < NO_FIT)).nonzero().flatten().tolist():
+            tile = int(tiles[place])
+            if tile not in self.raw_listed and len(self.raw_listed) < RAW_LISTED:
+                self.raw_listed.add(tile)
+                lines.append(json.dumps({"tile": tile, "reason": REASONS[reason[place]]}) + "\n")
+        if lines:
+            with (self.run / "stain_raw.jsonl").open("a", encoding="utf-8") as file:
+                file.writelines(lines)
+        return torch.tensor([float((reason > 0).sum()), float(len(reason))])
+
     def note_bad(self, batch: Batch, tiles: int) -> None:
         """List tiles that could not be used, and stop the run when they are too many."""
         fresh = {t: r for t, r in batch["bad"] if t not in self.bad}
@@ -217,6 +259,16 @@ class _Log:
                 f"{len(self.bad)} of {tiles} tiles of {self.config.data.shards} cannot be used, the last one "
                 f"'{list(fresh.values())[-1]}'; see {self.run / 'bad_tiles.jsonl'} and run 'eosin verify'"
             )
+
+
+def _stain_notes(normalizer: Normalizer | None, augmenter: Augmenter | None) -> Iterator[str]:
+    """What stain operations do not reach, in words."""
+    if augmenter is not None and not augmenter.he.all():
+        off = int((~augmenter.he).sum())
+        yield f"stain: {off} of {len(augmenter.he)} slides are not H&E; stain augmentation is off for them"
+    if normalizer is not None:
+        for reason, count in normalizer.raw_slides().items():
+            yield f"stain: the tiles of {count} of {len(normalizer.reason)} slides stay raw: {reason}"
 
 
 def _refuse_other_run(config: Config) -> None:

@@ -8,6 +8,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_collection_modifyitems(items):
+    """Skip what needs a CUDA device where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real tissue; the test is skipped where it is absent."""
@@ -25,7 +35,7 @@ def tiny_shards(tmp_path_factory) -> Path:
     import simplejpeg
 
     from eosin.data_tools.shards import ShardSet, ShardWriter
-    from eosin.ssl.stain.normalizer import fit_slides
+    from eosin.ssl.stain.fits import fit_slides
 
     folder = tmp_path_factory.mktemp("shards") / "tiny"
     folder.mkdir()
@@ -43,6 +53,7 @@ def tiny_shards(tmp_path_factory) -> Path:
             "patient": ["p0", "p1", "p2", "p3"],
             "site": ["a", "b", "a", "b"],
             "stain": "H&E",
+            "tiles": 12,
             "label": ["x", "y", "x", "y"],
         }
     )

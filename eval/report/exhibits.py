@@ -22,9 +22,9 @@ from eosin.eval.report.findings import Results, role_of
 from eosin.eval.report.material import Material
 from eosin.eval.report.page import Block, Gallery, Legend, Picture, Section, Table, Words, chart, photo
 from eosin.ssl import health
-from eosin.ssl.config import patch_size
-from eosin.ssl.stain import macenko
-from eosin.ssl.stain.normalizer import Normalizer, make_normalizer
+from eosin.ssl.config import Stain, patch_size
+from eosin.ssl.stain.normalizer import Normalizer, describe, make_normalizer
+from eosin.ssl.stain.reference import BUILT_IN
 
 QC_PICTURES = 8
 QC_PIXELS = 480
@@ -65,7 +65,7 @@ def stain(m: Material) -> Section:
     lead = "Laboratories stain differently; normalization moves each slide to one reference so that color tells less."
     fitted = _fits(m)
     mode = m.config.stain.normalize
-    shown = m.normalizer or (make_normalizer("slide", m.shards) if len(fitted) else None)
+    shown = m.normalizer or _would_be(m)
     blocks: list[Block] = []
     if mode == "off":
         blocks.append(Words(["Training used the tiles as they are (stain.normalize=off)."]))
@@ -78,8 +78,8 @@ def stain(m: Material) -> Section:
     if len(fitted):
         vectors, maxima = np.stack(fitted["vectors"].to_list()), np.stack(fitted["maxima"].to_list())
         sites = [str(s) for s in m.column("site")[fitted["slide"]]]
-        reference = tuple(t.numpy() for t in macenko.reference())
-        drawn = plots.stains(vectors, maxima, sites, reference)  # type: ignore[arg-type]
+        target = shown.reference if shown else BUILT_IN["eosin"]
+        drawn = plots.stains(vectors, maxima, sites, (np.array(target.vectors), np.array(target.maxima)))
         blocks.append(Gallery([chart(drawn, "stain vectors and colors of each slide, by site")], 2000))
     else:
         blocks.append(Words([f"No slide has a stain fit yet: 'eosin stain fit {m.shards.folder}' adds them."]))
@@ -188,6 +188,15 @@ def _fits(m: Material) -> pd.DataFrame:
     return pd.DataFrame(
         [(n, np.array(f["vectors"]), np.array(f["maxima"])) for n, f in rows], columns=["slide", "vectors", "maxima"]
     )
+
+
+def _would_be(m: Material) -> Normalizer | None:
+    """What normalization to the built-in reference would do; None without fits that it can use."""
+    conventions = {json.loads(text)["convention"] for text in m.column("stain_fit") if text}
+    if len(conventions) != 1 or not conventions <= set(BUILT_IN):
+        return None
+    (convention,) = conventions
+    return make_normalizer(describe(Stain(normalize="slide", convention=convention, reference=convention)), m.shards)
 
 
 def _pairs(m: Material, normalizer: Normalizer, slides: list[int]) -> list[Picture]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from eosin.eval.report.material import Material
 from eosin.eval.report.page import Block, Section, Words
-from eosin.ssl.stain.normalizer import HE
+from eosin.ssl.stain.fits import HE
 
 FEW_PATIENTS = 20
 RARE = 0.05

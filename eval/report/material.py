@@ -20,7 +20,7 @@ from eosin.eval.task import text
 from eosin.ssl import checkpoint
 from eosin.ssl.backbone import build_backbone
 from eosin.ssl.config import Config, read_run_config
-from eosin.ssl.stain.normalizer import Normalizer, make_normalizer
+from eosin.ssl.stain.normalizer import Normalizer, describe_run, make_normalizer
 
 
 @dataclass
@@ -142,7 +142,7 @@ def gather(
         shard_set.slides().reset_index(drop=True),
         _records(run / "metrics.jsonl"),
         found[-1] if found else None,
-        make_normalizer(config.stain.normalize, shard_set),
+        make_normalizer(describe_run(run, config.stain), shard_set),
         load(results),
         release,
         [ShardSet(other) for other in beside],

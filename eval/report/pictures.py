@@ -21,8 +21,9 @@ from eosin.eval.encoders import preprocess
 from eosin.ssl.augment import multi_crop
 from eosin.ssl.config import Config, patch_size
 from eosin.ssl.masks import block_masks
-from eosin.ssl.stain.macenko import BETA, optical_density
-from eosin.ssl.stain.normalizer import Normalizer, is_he
+from eosin.ssl.stain.augment import make_augmenter
+from eosin.ssl.stain.density import TISSUE, optical_density
+from eosin.ssl.stain.normalizer import Normalizer
 
 MOST_TILES = 144  # of a slide in one mosaic; of a larger slide its fullest square window is shown
 MOSAIC_PIXELS = 720
@@ -127,7 +128,7 @@ def pick_tile(shards: ShardSet, slide: int, seed: int) -> np.ndarray | None:
 
 def normalized(normalizer: Normalizer, images: np.ndarray, slides: Sequence[int]) -> np.ndarray:
     """Stain-normalize tiles [n, T, T, 3] of slide numbers ``slides``."""
-    done = normalizer(torch.from_numpy(images).permute(0, 3, 1, 2), torch.tensor(slides))
+    done = normalizer(torch.from_numpy(images).permute(0, 3, 1, 2), torch.tensor(slides)).images
     return done.permute(0, 2, 3, 1).numpy()
 
 
@@ -140,9 +141,10 @@ def views(shards: ShardSet, config: Config, normalizer: Normalizer | None, count
     positions = np.concatenate([np.sort(first), rest])[:count]
     batch: Batch = Tiles(shards, config.run.seed)[positions]
     raw, slides = batch["images"], batch["slide"]
-    images = normalizer(raw, slides) if normalizer else raw
-    he = torch.tensor(is_he(shards.slides()))[slides]
-    global_crops, local_crops = multi_crop(images, batch["position"], he, config)
+    images = normalizer(raw, slides).images if normalizer else raw
+    augmenter = make_augmenter(config.stain, shards, normalizer)
+    stain = augmenter.of(images, slides) if augmenter else None
+    global_crops, local_crops = multi_crop(images, batch["position"], config, stain)
     objective, patch = config.objective, patch_size(config.model)
     grid = config.crops.global_size // patch
     masks = block_masks(
@@ -183,11 +185,11 @@ def token_pictures(
         for first in range(0, len(laid.images), BATCH):
             images = torch.from_numpy(laid.images[first : first + BATCH]).permute(0, 3, 1, 2).contiguous()
             if normalizer:
-                images = normalizer(images, torch.full((len(images),), slide))
+                images = normalizer(images, torch.full((len(images),), slide)).images
             features = backbone.forward_features(preprocess(images, size, config.augment.mean, config.augment.std))
             tokens.append(features[:, backbone.num_prefix_tokens :].flatten(0, 1).double())
             density = optical_density(images).mean(dim=1, keepdim=True)
-            tissue.append(torch.nn.functional.adaptive_avg_pool2d(density, grid).flatten() > BETA)
+            tissue.append(torch.nn.functional.adaptive_avg_pool2d(density, grid).flatten() > TISSUE)
     features, shown = torch.cat(tokens), torch.cat(tissue)
     fitted = features[shown] if int(shown.sum()) > 3 else features
     mean = fitted.mean(dim=0)

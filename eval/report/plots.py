@@ -60,6 +60,18 @@ class Panel:
     rows: Sequence[tuple[str, str, float, float, float]]
 
 
+@dataclass(frozen=True)
+class Cloud:
+    """One panel of points: what its axes say, places [n] each, and the place that a cross marks."""
+
+    title: str
+    xlabel: str
+    ylabel: str
+    x: np.ndarray
+    y: np.ndarray
+    target: tuple[float, float] | None = None
+
+
 def curves(records: list[dict[str, Any]], prototypes: int) -> bytes:
     """A run's metrics against its steps, as small multiples; ln K is what a student without an answer pays."""
     top = math.log(prototypes)
@@ -174,6 +186,43 @@ def stains(
         left.scatter([], [], s=90, marker="+", color=INK, label="reference")
         left.legend(loc="best")
         _swatches(right, vectors, maxima, [color[s] for s in sites], reference)
+        return _png(figure)
+
+
+def clouds(
+    panels: Sequence[Cloud], sites: Sequence[str], *, target: str = "", ringed: np.ndarray | None = None, shared: bool
+) -> bytes:
+    """The same points in several panels, colored by site.
+
+    Args:
+        sites: [n], "" where a point has none.
+        target: what the cross is.
+        ringed: [n] bool, points that stand out.
+        shared: all panels have the same axes.
+    """
+    names = sorted(set(sites))
+    # The last color stands for all further sites.
+    color = {name: CATEGORIES[min(i, len(CATEGORIES) - 1)] for i, name in enumerate(names)}
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(12, 4.4), layout="constrained")
+        row = figure.subplots(1, len(panels), squeeze=False, sharex=shared, sharey=shared)[0]
+        for axes, panel in zip(row, panels):
+            axes.scatter(panel.x, panel.y, s=40, c=[color[s] for s in sites], alpha=0.75, linewidths=0)
+            if ringed is not None:
+                axes.scatter(panel.x[ringed], panel.y[ringed], s=130, facecolors="none", edgecolors=INK, linewidths=1.2)
+            if panel.target is not None:
+                axes.scatter(*panel.target, s=150, marker="+", color=INK, linewidths=1.8)
+            axes.margins(0.1)
+            axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, title=panel.title)
+        for i, name in enumerate(names[: len(CATEGORIES)]):
+            last = i == len(CATEGORIES) - 1 and len(names) > len(CATEGORIES)
+            label = "further sites" if last else _short(name or "no site given", 24)
+            row[0].scatter([], [], s=40, color=color[name], label=label)
+        if target:
+            row[0].scatter([], [], s=90, marker="+", color=INK, label=target)
+        if ringed is not None and ringed.any():
+            row[0].scatter([], [], s=110, facecolors="none", edgecolors=INK, linewidths=1.2, label="stands out")
+        figure.legend(loc="outside lower center", ncols=5)
         return _png(figure)
 
 

@@ -55,6 +55,8 @@ def main(args: argparse.Namespace) -> int:
         print(f"{args.out} holds these embeddings already ({summary.tiles} tiles); nothing to do")
         return DONE
     print(f"{summary.tiles} tiles x {summary.dimension} features of '{encoder.name}' in {args.out}")
+    for reason, count in summary.raw.most_common():
+        print(f"{count} tiles are not stain-normalized, they stay raw: {reason}", file=sys.stderr)
     for key, reason in summary.refused[:SHOWN]:
         print(f"left out: {key}: {reason}", file=sys.stderr)
     if summary.refused:

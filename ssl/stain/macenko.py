@@ -1,27 +1,63 @@
-"""Macenko's stain estimation and normalization, batched, on CPU or GPU, one image's result independent of the others.
+"""Macenko's stain estimation, batched, on CPU or GPU, one image's result independent of the others.
 
-Optical density here is ``-ln((I + 1) / 256)``: white has exactly none, and the inverse is exact. A fit is the two
-stain vectors (hematoxylin, eosin) and their 99th-percentile concentrations. Images that cannot be fitted (too little
-tissue, one stain, pen, no finite solution) are marked, never forced.
+A fit is the two stain vectors (hematoxylin, eosin) and their 99th-percentile concentrations. Images that cannot be
+fitted (too little tissue, one stain, pen, no finite solution) are marked, never forced.
 
 Macenko et al., "A method for normalizing histology slides for quantitative analysis", ISBI 2009.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
 
 import torch
 
-BETA = 0.15  # least mean optical density of a tissue pixel (Macenko, sec. 2)
-ALPHA = 1.0  # percent of angles cut off at each end (Macenko, sec. 2)
+from eosin.ssl.stain import lab
+from eosin.ssl.stain.density import TISSUE, WHITE, by_pixels, mix, optical_density, unmixing
+
 MIN_TISSUE = 0.02  # least fraction of tissue pixels for a fit
 MIN_ANGLE = 8.0  # degrees between the two stain vectors, below which they are one stain
-PIXELS = 1 << 14  # of an image that estimation looks at, on a regular grid
+MAXIMUM = 0.99  # quantile of a stain's concentrations that counts as its maximum (Macenko, sec. 2)
+LUMINOSITY = 0.8  # tiatoolbox: L of a tissue pixel, of 1, after its contrast is stretched
+STRETCH = 0.02  # tiatoolbox: share of all levels at each end that its stretch of the contrast cuts off
 
-# The built-in reference, our choice: blue-purple nuclei on pink, the colors of a well-stained section in daylight.
-REFERENCE_VECTORS = ((0.61, 0.73, 0.31), (0.17, 0.88, 0.44))
-REFERENCE_MAX = (1.7, 1.0)
+
+@dataclass(frozen=True)
+class Convention:
+    """How an implementation of Macenko's method reads an image.
+
+    Attributes:
+        white: the level (plus ``offset``) that has density 0.
+        offset: what is added to levels before the logarithm; with 0, level 0 counts as 1.
+        tissue: pixels that count: "mean" or "every" channel above density .15, or "luminosity".
+        cuts: fraction of angles beyond hematoxylin's and beyond eosin's end.
+        centered: whether the plane is that of the covariance, or of the second moments and so through white.
+        interpolated: quantiles between two pixels are interpolated, else the nearest pixel's value is taken.
+        over: pixels over which maxima are taken.
+        pixels: about so many of an image are looked at, on a regular grid; all for 0.
+    """
+
+    white: float
+    offset: int
+    tissue: Literal["mean", "every", "luminosity"]
+    cuts: tuple[float, float]
+    centered: bool
+    interpolated: bool
+    over: Literal["tissue", "all"]
+    pixels: int
+
+
+CONVENTIONS = {
+    # The mean over channels: asking each channel for .15 would drop pure eosin, which hardly absorbs red. Second
+    # moments, as the paper's SVD of densities: the plane of stains passes through white. Nuclei are rare, so their end
+    # is cut less.
+    "eosin": Convention(WHITE, 1, "mean", (0.001, 0.03), False, True, "tissue", 1 << 14),
+    "torchstain": Convention(240, 1, "every", (0.01, 0.01), True, False, "all", 0),
+    "tiatoolbox": Convention(255, 0, "luminosity", (0.01, 0.01), True, True, "all", 0),
+}
+REASONS = ("", "too little tissue", "only one stain", "not the colors of H&E", "no finite solution")
 
 
 @dataclass
@@ -30,92 +66,102 @@ class Fit:
 
     Attributes:
         vectors: [B, 2, 3], unit vectors of hematoxylin and eosin in optical density (RGB).
-        maxima: [B, 2], 99th-percentile concentrations over tissue pixels.
-        good: [B] bool; where False the other two hold the reference and must not be used.
-        reason: why not, "" where good.
+        maxima: [B, 2], 99th-percentile concentrations.
+        reason: [B] uint8, a number of REASONS; 0 where the fit is good. Where it is not, the others hold no fit.
+        pixels: [B], tissue pixels used.
+        residual: [B], share of the tissue's density that lies outside the two stains, 0 to 1.
     """
 
     vectors: torch.Tensor
     maxima: torch.Tensor
-    good: torch.Tensor
-    reason: list[str]
+    reason: torch.Tensor
+    pixels: torch.Tensor
+    residual: torch.Tensor
+
+    @property
+    def good(self) -> torch.Tensor:
+        """Which images have a fit, [B] bool."""
+        return self.reason == 0
 
 
-def reference() -> tuple[torch.Tensor, torch.Tensor]:
-    """The built-in reference: unit stain vectors [2, 3] and maxima [2]."""
-    vectors = torch.tensor(REFERENCE_VECTORS)
-    return vectors / vectors.norm(dim=1, keepdim=True), torch.tensor(REFERENCE_MAX)
+def fit(images: torch.Tensor, convention: Convention = CONVENTIONS["eosin"], white: torch.Tensor | None = None) -> Fit:
+    """Estimate stain vectors and maxima of ``images``, [B, 3, H, W], uint8, or float in [0, 1].
+
+    Args:
+        convention: the constants.
+        white: [3], level + 1 of the white point, in place of the convention's.
+    """
+    if images.device.type != "cpu" or len(images) == 1:
+        return _fit(images, convention, white)
+    parts = [_fit(images[i : i + 1], convention, white) for i in range(len(images))]
+    return Fit(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Fit)))
 
 
-def optical_density(images: torch.Tensor) -> torch.Tensor:
-    """Optical density of RGB values in [0, 255], any shape: ``-ln((I + 1) / 256)``, in [0, 5.55]."""
-    return -torch.log((images.float() + 1) / 256)
-
-
-def intensity(density: torch.Tensor) -> torch.Tensor:
-    """Inverse of :func:`optical_density`, clipped to [0, 255], float."""
-    return (256 * torch.exp(-density) - 1).clamp(0, 255)
-
-
-def fit(images: torch.Tensor, pixels: int = PIXELS) -> Fit:
-    """Estimate stain vectors and maxima of ``images``, [B, 3, H, W] uint8, from about ``pixels`` pixels of each."""
-    step = max(1, images.shape[2] * images.shape[3] // pixels)
-    density = optical_density(images.flatten(2)[:, :, ::step]).transpose(1, 2)  # [B, P, 3]
-    # The mean over channels: asking each channel for BETA would drop pure eosin, which hardly absorbs red.
-    tissue = density.mean(dim=2) > BETA  # [B, P]
+def _fit(images: torch.Tensor, convention: Convention, white: torch.Tensor | None) -> Fit:
+    levels = images.flatten(2)
+    if convention.pixels:
+        levels = levels[:, :, :: max(1, levels.shape[2] // convention.pixels)]
+    finite = torch.ones(len(images), dtype=torch.bool, device=images.device)
+    if images.dtype == torch.uint8:
+        levels = levels.float()
+    else:
+        finite = torch.isfinite(levels).flatten(1).all(dim=1)
+        levels = (levels * 255).nan_to_num(255.0, 255.0, 255.0)
+    density = _density(levels, convention, white)  # [B, 3, P]
+    tissue = _tissue(levels, density, convention)  # [B, P]
     count = tissue.sum(dim=1)
-    reasons = {}
-    enough = count >= max(64, MIN_TISSUE * tissue.shape[1])
 
-    weight = tissue.unsqueeze(2).float()
-    n = count.clamp(min=2).view(-1, 1, 1)
-    mean = (density * weight).sum(dim=1, keepdim=True) / n
-    centered = (density - mean) * weight
-    covariance = centered.transpose(1, 2) @ centered / (n - 1)  # [B, 3, 3]
-    # Eigenvectors of a matrix that is not finite would raise; none is, since densities are bounded.
-    plane = torch.linalg.eigh(covariance.double()).eigenvectors[:, :, 1:].float()  # [B, 3, 2], ascending
-    plane = plane * torch.where(plane.sum(dim=1, keepdim=True) < 0, -1.0, 1.0)
+    vectors, residual = _vectors(density, tissue, count, convention)
+    concentrations = unmixing(vectors).transpose(1, 2) @ density  # [B, 2, P]
+    over = tissue if convention.over == "tissue" else torch.ones_like(tissue)
+    maxima = torch.stack(
+        [_quantiles(c, over, [1 - MAXIMUM], convention, upper=True)[0] for c in concentrations.unbind(1)], dim=1
+    )
 
-    projected = density @ plane  # [B, P, 2]
-    angle = torch.atan2(projected[..., 1], projected[..., 0])
-    low = _quantile(angle, tissue, ALPHA / 100)
-    high = _quantile(angle, tissue, 1 - ALPHA / 100)
-    ends = torch.stack([low, high], dim=1)  # [B, 2]
-    directions = torch.stack([torch.cos(ends), torch.sin(ends)], dim=2)  # [B, 2, 2]
-    vectors = directions @ plane.transpose(1, 2)  # [B, 2, 3]
-    vectors = vectors * torch.where(vectors.sum(dim=2, keepdim=True) < 0, -1.0, 1.0)
-    # Hematoxylin absorbs more red than eosin does.
-    swap = vectors[:, 0, 0] < vectors[:, 1, 0]
-    vectors = torch.where(swap.view(-1, 1, 1), vectors.flip(1), vectors)
-
-    concentrations = density @ unmixing(vectors)  # [B, P, 2]
-    maxima = torch.stack([_quantile(concentrations[..., i], tissue, 0.99) for i in (0, 1)], dim=1)
     cosine = (vectors[:, 0] * vectors[:, 1]).sum(dim=1).clamp(-1, 1)
-    reasons["too little tissue"] = ~enough
-    reasons["only one stain"] = torch.rad2deg(torch.acos(cosine)) < MIN_ANGLE
     # H&E absorbs all three channels and green most; pen and other stains do not.
-    reasons["not the colors of H&E"] = (vectors < -0.05).flatten(1).any(1) | (
-        vectors[..., 1] < vectors[..., 2] - 0.2
-    ).any(1)
-    reasons["no finite solution"] = ~(torch.isfinite(vectors).flatten(1).all(1) & (maxima > 1e-2).all(1))
-    reason = [""] * len(images)
-    for text, where in reversed(reasons.items()):
-        for i in where.nonzero().flatten().tolist():
-            reason[i] = text
-    good = torch.tensor([not r for r in reason], device=images.device)
-    ref_vectors, ref_maxima = (t.to(images.device) for t in reference())
-    vectors = torch.where(good.view(-1, 1, 1), vectors, ref_vectors)
-    return Fit(vectors, torch.where(good.view(-1, 1), maxima, ref_maxima), good, reason)
+    foreign = (vectors < -0.05).flatten(1).any(1) | (vectors[..., 1] < vectors[..., 2] - 0.2).any(1)
+    wrong = [
+        count < max(64, MIN_TISSUE * tissue.shape[1]),
+        torch.rad2deg(torch.acos(cosine)) < MIN_ANGLE,
+        foreign,
+        ~(finite & torch.isfinite(vectors).flatten(1).all(1) & (maxima > 1e-2).all(1)),
+    ]
+    reason = torch.zeros(len(images), dtype=torch.uint8, device=images.device)
+    for number in range(len(wrong), 0, -1):  # the first that applies is the one that is said
+        reason = reason.masked_fill(wrong[number - 1], number)
+    return Fit(vectors, maxima, reason, count, residual)
 
 
-def unmixing(vectors: torch.Tensor) -> torch.Tensor:
-    """Least-squares unmixing matrices [B, 3, 2] of stain vectors [B, 2, 3]: concentrations = density @ unmixing."""
-    gram = vectors @ vectors.transpose(1, 2)
-    a, b, d = gram[:, 0, 0], gram[:, 0, 1], gram[:, 1, 1]
-    # Closed form of a 2×2 inverse: a batch of them must not depend on a solver's blocking.
-    determinant = (a * d - b * b).clamp(min=1e-6)
-    inverse = torch.stack([torch.stack([d, -b], 1), torch.stack([-b, a], 1)], 1) / determinant.view(-1, 1, 1)
-    return vectors.transpose(1, 2) @ inverse
+def normalize(
+    images: torch.Tensor,
+    fits: Fit,
+    vectors: torch.Tensor,
+    maxima: torch.Tensor,
+    convention: Convention = CONVENTIONS["eosin"],
+) -> torch.Tensor:
+    """Bring ``images`` from their own fits to one reference; those without a fit come back as they are.
+
+    Args:
+        images: [B, 3, H, W], uint8, or float in [0, 1].
+        vectors, maxima: the reference, [2, 3] and [2].
+        convention: that of the fits.
+    """
+    return render(images, transform(fits.vectors, fits.maxima, vectors, maxima), fits.good, convention)
+
+
+def render(images: torch.Tensor, matrices: torch.Tensor, good: torch.Tensor, convention: Convention) -> torch.Tensor:
+    """Apply density matrices [B, 3, 3] in a convention's densities; images that are not ``good`` come back as is."""
+    if convention.white == WHITE:
+        return mix(images, matrices, on=good)
+
+    def pixels(part: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        levels = part.float() if part.dtype == torch.uint8 else part * 255
+        light = (matrix @ _density(levels, convention, None)).neg_().exp_().mul_(convention.white).clamp_(0, 255)
+        # These peers cut the fraction off, where others round.
+        return light.to(torch.uint8) if part.dtype == torch.uint8 else light / 255
+
+    return by_pixels(pixels, images, good, matrices.transpose(1, 2))
 
 
 def transform(
@@ -131,24 +177,85 @@ def transform(
     return unmixing(vectors) @ (scale.unsqueeze(2) * to_vectors)
 
 
-def apply(images: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
-    """Apply density matrices [B, 3, 3] to ``images``, [B, 3, H, W] uint8; the result is uint8.
+def pooled(fits: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """One fit for several, by the median of vectors [2, 3] (made unit again) and of maxima [2]."""
+    vectors = torch.stack([f[0] for f in fits]).quantile(0.5, dim=0)
+    maxima = torch.stack([f[1] for f in fits]).quantile(0.5, dim=0)
+    return vectors / vectors.norm(dim=1, keepdim=True), maxima
 
-    Images whose matrix is the identity come back bit for bit.
+
+def _density(levels: torch.Tensor, convention: Convention, white: torch.Tensor | None) -> torch.Tensor:
+    if convention.offset == 0:
+        return -torch.log(levels.clamp(min=1) / convention.white).clamp(max=-1e-6)
+    if white is None:
+        return optical_density(levels, convention.white)
+    return optical_density(levels, white.view(3, 1))
+
+
+def _tissue(levels: torch.Tensor, density: torch.Tensor, convention: Convention) -> torch.Tensor:
+    if convention.tissue == "mean":
+        return density.mean(dim=1) > TISSUE
+    if convention.tissue == "every":
+        return (density >= TISSUE).all(dim=1)
+    flat = levels.flatten(1)
+    everywhere = torch.ones_like(flat, dtype=torch.bool)
+    low, high = (
+        _quantiles(flat, everywhere, [STRETCH], convention, upper=end)[0].view(-1, 1, 1) for end in (False, True)
+    )
+    stretched = ((levels - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+    luminosity = lab.from_rgb(stretched.mul(255).floor_().div_(255))[:, 0] / 100
+    return luminosity < LUMINOSITY
+
+
+def _vectors(
+    density: torch.Tensor, tissue: torch.Tensor, count: torch.Tensor, convention: Convention
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stain vectors [B, 2, 3] and residuals [B] of densities [B, 3, P] at ``tissue`` [B, P]."""
+    inside = density * tissue.unsqueeze(1)
+    n = count.clamp(min=2).view(-1, 1, 1)
+    moments = (inside @ inside.transpose(1, 2)).double() / n  # [B, 3, 3]
+    spread = moments
+    if convention.centered:
+        mean = inside.double().sum(dim=2, keepdim=True) / n
+        spread = (moments - mean @ mean.transpose(1, 2)) * n / (n - 1)
+    plane = torch.linalg.eigh(spread).eigenvectors[:, :, 1:].float()  # [B, 3, 2], ascending
+    plane = plane * torch.where(plane.sum(dim=1, keepdim=True) < 0, -1.0, 1.0)
+
+    projected = plane.transpose(1, 2) @ density  # [B, 2, P]
+    angle = torch.atan2(projected[:, 1], projected[:, 0])
+    # Each cut at the lower end of the angles and at the upper one: [B, 4] = (H, E) lower, (H, E) upper.
+    low, high = (_quantiles(angle, tissue, convention.cuts, convention, upper=end) for end in (False, True))
+    ends = torch.stack([*low, *high], dim=1)
+    directions = torch.stack([ends.cos(), ends.sin()], dim=2)  # [B, 4, 2]
+    found = directions @ plane.transpose(1, 2)  # [B, 4, 3]
+    found = found * torch.where(found.sum(dim=2, keepdim=True) < 0, -1.0, 1.0)
+    # Hematoxylin absorbs more red than eosin does.
+    lower = found[:, 0, 0] > found[:, 2, 0]
+    vectors = torch.where(lower.view(-1, 1, 1), found[:, [0, 3]], found[:, [2, 1]])  # [B, 2, 3]
+    total = moments.diagonal(dim1=1, dim2=2).sum(dim=1).clamp(min=1e-12)
+    inplane = (plane.double().transpose(1, 2) @ moments @ plane.double()).diagonal(dim1=1, dim2=2).sum(dim=1)
+    return vectors, (1 - inplane / total).clamp(0, 1).sqrt().float()
+
+
+def _quantiles(
+    values: torch.Tensor, valid: torch.Tensor, shares: Sequence[float], convention: Convention, *, upper: bool
+) -> list[torch.Tensor]:
+    """The values beyond which a share of each row's valid values lies, [B, P] -> [B] each; 0 where none is valid.
+
+    Only the values beyond them are sorted, from the ``upper`` or the lower end.
     """
-    table = optical_density(torch.arange(256, device=images.device))
-    density = table.index_select(0, images.reshape(-1).int()).view(len(images), 3, -1)
-    mixed = matrices.transpose(1, 2).to(density.dtype) @ density
-    # In place, and rounded by the cast of I + 1/2: memory traffic is what this costs.
-    return mixed.neg_().exp_().mul_(256).sub_(0.5).clamp_(0, 255).to(torch.uint8).view_as(images)
-
-
-def _quantile(values: torch.Tensor, valid: torch.Tensor, q: float) -> torch.Tensor:
-    """Quantile ``q`` of each row's valid values, [B, P] -> [B], linearly interpolated; 0 where none is valid."""
-    ordered = torch.where(valid, values, torch.inf).sort(dim=1).values
-    place = q * (valid.sum(dim=1) - 1).clamp(min=0)
-    below = place.floor().long()
-    above = torch.minimum(below + 1, (valid.sum(dim=1) - 1).clamp(min=0))
-    low, high = (ordered.gather(1, i.unsqueeze(1)).squeeze(1) for i in (below, above))
-    result = low + (high - low) * (place - below)
-    return torch.where(valid.any(dim=1), result, torch.zeros_like(result))
+    last = valid.sum(dim=1) - 1
+    most = min(int(max(shares) * values.shape[1]) + 2, values.shape[1])
+    masked = torch.where(valid, values, -torch.inf if upper else torch.inf)
+    ordered = masked.topk(most, dim=1, largest=upper).values  # from the end inward
+    found = []
+    for share in shares:
+        place = share * last.clamp(min=0)
+        if not convention.interpolated:
+            # Rounded as a place counted from below: halves go to the even one.
+            place = last - ((1 - share) * last).round() if upper else place.round()
+        near = place.clamp(min=0).floor().long()
+        far = torch.minimum(near + 1, last.clamp(min=0)).clamp(max=most - 1)
+        a, b = (ordered.gather(1, i.unsqueeze(1)).squeeze(1) for i in (near, far))
+        found.append(torch.where(last >= 0, a + (b - a) * (place - near), 0.0))
+    return found

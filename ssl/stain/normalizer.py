@@ -1,151 +1,203 @@
-"""Stain normalization of tiles by their slide's fit or their own, and the per-slide fits in the slides table."""
+"""Stain normalization of tiles to a reference, by their slide's fit or their own: the policy that a recipe states.
+
+Tiles that cannot be fitted come back as they are, with the reason; nothing is dropped and nothing is forced.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
+from pydantic import ValidationError
 
-from eosin.data_tools.draws import purpose, uniform
 from eosin.data_tools.errors import UserError
-from eosin.data_tools.progress import progress
-from eosin.data_tools.shards import ShardSet, write_slides
-from eosin.data_tools.stream import decode
-from eosin.ssl.stain import macenko
+from eosin.data_tools.files import read_json, write_json
+from eosin.data_tools.shards import ShardSet
+from eosin.ssl.stain import lab, macenko
+from eosin.ssl.stain.density import WHITE, mix
+from eosin.ssl.stain.fits import is_he
+from eosin.ssl.stain.reference import Reference, find_reference
 
 if TYPE_CHECKING:
-    import pandas as pd
+    from eosin.ssl.config import Stain
 
-HE = ("H&E", "HE", "H & E")
-SAMPLE = purpose("stain fit sample")
-PIXELS_A_TILE = 1 << 12  # enough where a slide's fit is a median over many tiles
-COLUMNS = ("stain_fit", "stain_reason", "stain_tiles")
+STAIN_FILE = "stain.json"  # of a run: the normalization with its reference, as it was when the run began
+METHODS = ("macenko", "reinhard", "reinhard-modified")
+MODES = ("tile", "slide")
+# Why a tile stays raw, by number.
+REASONS = (*macenko.REASONS, "its slide has no fit", "its slide is not H&E")
+NO_FIT, NOT_HE = len(macenko.REASONS), len(macenko.REASONS) + 1
+
+
+class Normalized(NamedTuple):
+    """Tiles [B, 3, H, W] uint8, and why each is still raw, [B] uint8: a number of REASONS, 0 where it is not."""
+
+    images: torch.Tensor
+    reason: torch.Tensor
+
+
+class SlideFits(NamedTuple):
+    """The fits of all slides; ones where there is none.
+
+    Attributes:
+        vectors: [slides, 2, 3].
+        maxima: [slides, 2].
+        white, lab_mean, lab_std: [slides, 3].
+    """
+
+    vectors: torch.Tensor
+    maxima: torch.Tensor
+    white: torch.Tensor
+    lab_mean: torch.Tensor
+    lab_std: torch.Tensor
 
 
 @dataclass
 class Normalizer:
-    """Normalizes tiles to a reference: the part of preprocessing that travels with a model.
+    """Normalizes tiles: the part of preprocessing that travels with a model.
 
     Attributes:
+        method: of METHODS.
         mode: "tile" fits every tile, "slide" uses the fit of the tile's slide.
-        vectors, maxima: the reference, [2, 3] and [2].
-        slide_matrices: [slides, 3, 3] for mode "slide", identity for slides without a fit; None otherwise.
+        reference: what tiles are brought to.
+        reason: [slides], why a slide's tiles stay raw, a number of REASONS; empty where all are H&E.
+        fits: the slides' fits, for mode "slide".
     """
 
-    mode: Literal["tile", "slide"]
-    vectors: torch.Tensor
-    maxima: torch.Tensor
-    slide_matrices: torch.Tensor | None = None
+    method: str
+    mode: str
+    reference: Reference
+    reason: torch.Tensor
+    fits: SlideFits | None = None
 
-    def __call__(self, images: torch.Tensor, slides: torch.Tensor) -> torch.Tensor:
-        """Normalize ``images``, [B, 3, H, W] uint8, of slide numbers ``slides``, [B]; tiles without a fit stay raw."""
-        if self.slide_matrices is not None:
-            matrices = self.slide_matrices.to(images.device)[slides]
+    def __call__(self, images: torch.Tensor, slides: torch.Tensor) -> Normalized:
+        """Normalize ``images``, [B, 3, H, W] uint8, of slide numbers ``slides``, [B]."""
+        reason = torch.zeros(len(images), dtype=torch.uint8, device=images.device)
+        if len(self.reason):
+            reason = self.reason.to(images.device)[slides]
+        fits = None
+        if self.fits is not None:
+            fits = SlideFits(*(t[slides.to(t.device)].to(images.device) for t in self.fits))
+        normalize = self._by_stain if self.method == "macenko" else self._by_color
+        return normalize(images, reason, fits)
+
+    def _by_stain(self, images: torch.Tensor, reason: torch.Tensor, of_slides: SlideFits | None) -> Normalized:
+        convention = macenko.CONVENTIONS[self.reference.convention]
+        white = None
+        if of_slides is None:
+            fits = macenko.fit(images, convention)
+            vectors, maxima = fits.vectors, fits.maxima
+            reason = torch.where(reason > 0, reason, fits.reason)
         else:
-            fits = macenko.fit(images)
-            matrices = macenko.transform(
-                fits.vectors, fits.maxima, self.vectors.to(images.device), self.maxima.to(images.device)
-            )
-            identity = torch.eye(3, device=images.device).expand_as(matrices)
-            matrices = torch.where(fits.good.view(-1, 1, 1), matrices, identity)
-        return macenko.apply(images, matrices)
+            vectors, maxima, white, *_ = of_slides
+        to_vectors, to_maxima, *_ = self.reference.tensors(images.device)
+        good = reason == 0
+        matrices = macenko.transform(vectors, maxima, to_vectors, to_maxima)
+        if convention.white != WHITE:
+            return Normalized(macenko.render(images, matrices, good, convention), reason)
+        return Normalized(mix(images, matrices, white, good), reason)
+
+    def _by_color(self, images: torch.Tensor, reason: torch.Tensor, of_slides: SlideFits | None) -> Normalized:
+        if of_slides is None:
+            found = lab.statistics(images)
+            reason = torch.where((reason == 0) & ~found.good, 1, reason)
+        else:
+            found = lab.Statistics(of_slides.lab_mean, of_slides.lab_std, reason == 0)
+        *_, mean, std = self.reference.tensors(images.device)
+        match = lab.matching_modified if self.method == "reinhard-modified" else lab.matching
+        scale, shift = match(found, mean.unsqueeze(0), std.unsqueeze(0))
+        return Normalized(lab.transfer(images, scale, shift, reason == 0), reason)
+
+    def raw_slides(self) -> dict[str, int]:
+        """How many slides stay raw, by reason."""
+        counts = torch.bincount(self.reason.long(), minlength=len(REASONS)).tolist()
+        return {text: n for text, n in zip(REASONS[1:], counts[1:]) if n}
 
 
-def describe_reference(mode: str) -> dict[str, Any] | None:
-    """The normalization of ``mode`` as plain data, for fingerprints and releases; None for "off"."""
-    if mode == "off":
-        return None
-    vectors, maxima = macenko.reference()
-    return {
-        "method": "macenko",
-        "mode": mode,
-        "vectors": [[round(v, 6) for v in row] for row in vectors.tolist()],
-        "maxima": [round(v, 6) for v in maxima.tolist()],
-    }
+def describe(stain: Stain) -> dict[str, Any] | None:
+    """The normalization of a recipe as plain data, with its reference, for runs, fingerprints and releases.
 
-
-def make_normalizer(mode: str, shards: ShardSet) -> Normalizer | None:
-    """The normalizer of ``mode`` ("off", "tile", "slide") for the tiles of ``shards``; None for "off".
-
-    Raises UserError when mode is "slide" and the slides table holds no fits.
+    None for "off". Raises UserError where the reference cannot be had.
     """
-    if mode == "off":
+    if stain.normalize == "off":
         return None
-    vectors, maxima = macenko.reference()
-    if mode == "tile":
-        return Normalizer("tile", vectors, maxima)
+    reference = find_reference(stain.reference, stain.convention)
+    return {"method": stain.method, "mode": stain.normalize, "reference": reference.model_dump()}
+
+
+def describe_run(run: Path, stain: Stain) -> dict[str, Any] | None:
+    """The normalization of a run: as it was when the run began, whatever became of the reference's file since."""
+    if stain.normalize == "off" or not (run / STAIN_FILE).is_file():
+        return describe(stain)
+    return read_normalization(read_json(run / STAIN_FILE, "a run's stain normalization"), run / STAIN_FILE)
+
+
+def save_description(run: Path, description: dict[str, Any] | None) -> None:
+    """Keep a run's normalization beside its configuration."""
+    if description is not None:
+        write_json(run / STAIN_FILE, description)
+
+
+def read_normalization(found: dict[str, Any], where: Path) -> dict[str, Any]:
+    """Check what :func:`describe` wrote. Raises UserError where it is not that."""
+    wrong = UserError(f"{where}: its stain normalizer is not one that this version of Eosin can apply")
+    try:
+        reference = Reference.model_validate(found["reference"]).check(str(where))
+        if found["method"] not in METHODS or found["mode"] not in MODES:
+            raise wrong
+    except (KeyError, TypeError, ValidationError):
+        raise wrong from None
+    return {"method": found["method"], "mode": found["mode"], "reference": reference.model_dump()}
+
+
+def make_normalizer(description: dict[str, Any] | None, shards: ShardSet | None) -> Normalizer | None:
+    """The normalizer of a description for the tiles of ``shards`` (None: of H&E images that are in none).
+
+    Returns None for no description.
+
+    Raises:
+        UserError: mode "slide", and the slides table holds no fits of the reference's convention.
+    """
+    if description is None:
+        return None
+    reference = Reference.model_validate(description["reference"])
+    method, mode = description["method"], description["mode"]
+    if shards is None:
+        return Normalizer(method, mode, reference, torch.zeros(0, dtype=torch.uint8))
     table = shards.slides()
+    he = torch.tensor(is_he(table))
+    reason = torch.where(he, 0, NOT_HE).to(torch.uint8)
+    if mode == "tile":
+        return Normalizer(method, mode, reference, reason)
+    fits = slide_fits(shards, reference.convention)
+    missing = torch.tensor([f is None for f in fits], dtype=torch.bool)
+    reason = torch.where(he & missing, NO_FIT, reason).to(torch.uint8)
+    return Normalizer(method, mode, reference, reason, stacked(fits))
+
+
+def slide_fits(shards: ShardSet, convention: str) -> list[dict[str, Any] | None]:
+    """The slides' fits, None where there is none. Raises UserError when no fit was tried, or by another convention."""
+    table = shards.slides()
+    again = f"run 'eosin stain fit {shards.folder}{'' if convention == 'eosin' else f' --convention {convention}'}'"
     if "stain_fit" not in table:
-        raise UserError(
-            f"{shards.folder} has no stain fits; run 'eosin stain fit {shards.folder}', "
-            "or set stain.normalize to tile or off"
-        )
-    matrices = torch.eye(3).repeat(max(len(table), 1), 1, 1)
-    for row, text in enumerate(table["stain_fit"]):
-        if text:
-            found = json.loads(text)
-            source = torch.tensor([found["vectors"]]), torch.tensor([found["maxima"]])
-            matrices[row] = macenko.transform(*source, vectors, maxima)[0]
-    return Normalizer("slide", vectors, maxima, matrices)
+        raise UserError(f"{shards.folder} has no stain fits; {again}, or set stain.normalize to tile or off")
+    fits = [json.loads(text) if text else None for text in table["stain_fit"]]
+    other = {f.get("convention", "an older one") for f in fits if f} - {convention}
+    if other:
+        raise UserError(f"the stain fits of {shards.folder} follow {min(other)}, not {convention}; {again}")
+    return fits
 
 
-def is_he(slides: pd.DataFrame) -> np.ndarray:
-    """Which slides are H&E, [slides] bool; H&E-only operations are off for the others."""
-    if "stain" not in slides:
-        return np.ones(len(slides), dtype=bool)
-    return slides["stain"].isin(HE).to_numpy()
-
-
-def fit_slides(shards: ShardSet, *, tiles_per_slide: int = 32, seed: int = 0) -> pd.DataFrame:
-    """Fit every H&E slide from a sample of its tiles and write the fits into the slides table.
-
-    A slide's fit is the median over its good tiles. Slides that are not H&E, or without a good tile, get none and a
-    reason: their tiles stay raw.
-
-    Returns:
-        The slides table, with the columns ``stain_fit`` (JSON: vectors, maxima; "" where there is none),
-        ``stain_reason`` and ``stain_tiles`` (good tiles used).
-    """
-    table = shards.slides().drop(columns=list(COLUMNS), errors="ignore")
-    slide_of = shards.column("slide")
-    by_slide = np.argsort(slide_of, kind="stable")
-    bounds = np.searchsorted(slide_of[by_slide], np.arange(len(table) + 1))
-    he = is_he(table)
-    rows = []
-    for slide in progress(range(len(table)), total=len(table), desc="stain fit", unit="slides"):
-        tiles = by_slide[bounds[slide] : bounds[slide + 1]]
-        rows.append(_fit_slide(shards, tiles, slide, he[slide], tiles_per_slide, seed))
-    for name, values in zip(COLUMNS, zip(*rows)):
-        table[name] = values
-    write_slides(shards.folder, table)
-    return table
-
-
-def _fit_slide(
-    shards: ShardSet, tiles: np.ndarray, slide: int, he: bool, tiles_per_slide: int, seed: int
-) -> tuple[str, str, int]:
-    if not he:
-        return "", "not H&E: left as it is", 0
-    if not len(tiles):
-        return "", "no tiles", 0
-    chosen = tiles[np.argsort(uniform(np.arange(len(tiles)), slide, seed, SAMPLE))[:tiles_per_slide]]
-    images = []
-    for tile in np.sort(chosen):
-        try:
-            images.append(decode(shards.image(int(tile))))
-        except (ValueError, EOFError):
-            continue  # 'eosin verify' lists them; a fit needs only some of a slide's tiles
-    if not images:
-        return "", "no tile can be decoded", 0
-    fits = macenko.fit(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), PIXELS_A_TILE)
-    good = fits.good
-    if not good.any():
-        return "", max(set(fits.reason), key=fits.reason.count), 0
-    vectors = fits.vectors[good].median(dim=0).values
-    vectors = vectors / vectors.norm(dim=1, keepdim=True)
-    maxima = fits.maxima[good].median(dim=0).values
-    text = json.dumps({"vectors": vectors.tolist(), "maxima": maxima.tolist()})
-    return text, "", int(good.sum())
+def stacked(fits: Sequence[dict[str, Any] | None]) -> SlideFits:
+    """The fits of :func:`slide_fits` as tensors."""
+    shapes = dict(zip(SlideFits._fields, [(2, 3), (2,), (3,), (3,), (3,)]))
+    columns = {key: torch.ones(len(fits), *shape) for key, shape in shapes.items()}
+    for slide, fit in enumerate(fits):
+        for key, column in columns.items():
+            if fit:
+                column[slide] = torch.tensor(fit[key])
+    return SlideFits(**columns)

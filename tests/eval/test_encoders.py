@@ -80,7 +80,7 @@ def test_a_run_is_its_teacher_with_its_preprocessing(tiny_run):
     with torch.no_grad():
         expected = network([images[None]], masks, torch.arange(4), hide=False, rate=0.0).cls[0]
     torch.testing.assert_close(encoder(tiles()), expected, atol=1e-5, rtol=1e-5)
-    assert (encoder.name, encoder.stain) == (tiny_run.name, "slide")
+    assert (encoder.name, encoder.stain["mode"]) == (tiny_run.name, "slide")
     assert load_encoder(str(tiny_run), pooling="cls+mean")(tiles()).shape == (4, 96)
 
 

@@ -403,7 +403,7 @@ def test_crops_shown_are_the_tile_itself_when_augmentation_is_off(tiny_run):
             "augment": m.config.augment.model_copy(
                 update={"flips": False, "rotate90": False, "jitter": 0.0, "gray": 0.0, "blur": [0.0, 0.0, 0.0]}
             ),
-            "stain": m.config.stain.model_copy(update={"augment": "none"}),
+            "stain": m.config.stain.model_copy(update={"augment": []}),
             "objective": m.config.objective.model_copy(update={"mask_probability": 1.0, "mask_ratio": [0.5, 0.5]}),
         }
     )
@@ -481,7 +481,7 @@ def test_a_browser_shows_it_without_errors_or_requests(full, page, tmp_path):
 
 def test_a_set_tiled_beside_is_shown_with_why_it_stays_as_it_is(tiny_run, tiny_shards, tmp_path):
 
-    from eosin.ssl.stain.normalizer import fit_slides
+    from eosin.ssl.stain.fits import fit_slides
 
     other = tmp_path / "other-stain"
     shutil.copytree(tiny_shards, other)

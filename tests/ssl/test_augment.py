@@ -11,6 +11,7 @@ from torchvision.transforms.v2 import functional as F
 from eosin.ssl import augment
 from eosin.ssl.augment import crop_boxes, multi_crop, resize_weights
 from eosin.ssl.config import Augment, load_config
+from eosin.ssl.stain.augment import Augmenter
 
 GIVEN = ["data.shards=s", "run.dir=r", "crops.global_size=64", "crops.local_size=32"]
 
@@ -22,9 +23,18 @@ def tiles():
     return (torch.nn.functional.interpolate(coarse, size=96, mode="bicubic").clamp(0, 1) * 255).byte()
 
 
+def stain_operations(tiles, config):
+    """The recipe's stain operations on tiles of one H&E slide."""
+    if not config.stain.augment:
+        return None
+    one, rows = torch.ones(1, dtype=torch.bool), torch.ones(1, 3)
+    made = Augmenter(config.stain, one, one, one, torch.eye(3)[None, :2], rows, rows)
+    return made.of(tiles, torch.zeros(len(tiles), dtype=torch.long))
+
+
 def crops(tiles, positions, overrides=()):
     config = load_config("demo", [*GIVEN, *overrides])
-    return multi_crop(tiles, positions, torch.ones(len(tiles), dtype=torch.bool), config)
+    return multi_crop(tiles, positions, config, stain_operations(tiles, config))
 
 
 def test_cropping_and_resizing_equal_torchvision(tiles):

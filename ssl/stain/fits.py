@@ -1,0 +1,153 @@
+"""Stain fits of slides: the median over a sample of a slide's tiles, kept in the slides table of a shard set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from eosin.data_tools.draws import purpose, uniform
+from eosin.data_tools.progress import progress
+from eosin.data_tools.shards import ShardSet, write_slides
+from eosin.data_tools.stream import decode
+from eosin.ssl.stain import lab, macenko
+from eosin.ssl.stain.density import WHITE
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+HE = ("H&E", "HE", "H & E")
+SAMPLE = purpose("stain fit sample")
+COLUMNS = ("stain_fit", "stain_reason", "stain_tiles", "stain_pixels", "stain_angle", "stain_residual")
+# Empty glass: bright, nearly gray, and enough of it. The staining protocol takes each channel's maximum for the white
+# point; a quantile of glass does not follow the bright rims that sharpening draws.
+GLASS_LEVEL, GLASS_CHROMA, GLASS_SHARE, GLASS_QUANTILE = 200, 30, 0.002, 0.9
+GLASS_PIXELS = 1 << 12  # of a tile that are looked at
+
+
+@dataclass
+class SlideFit:
+    """The fit of one slide.
+
+    Attributes:
+        vectors, maxima: [2, 3] and [2]; see :class:`~eosin.ssl.stain.macenko.Fit`.
+        white: [3], level + 1 of empty glass; 256 where there is none.
+        lab_mean, lab_std: [3], of L, a and b over tissue pixels.
+        tiles: good tiles used.
+        pixels: tissue pixels used.
+        angle: degrees between the two stains.
+        residual: share of the tissue's density outside the two stains, median over tiles.
+    """
+
+    vectors: torch.Tensor
+    maxima: torch.Tensor
+    white: torch.Tensor
+    lab_mean: torch.Tensor
+    lab_std: torch.Tensor
+    tiles: int
+    pixels: int
+    angle: float
+    residual: float
+
+
+def is_he(slides: pd.DataFrame) -> np.ndarray:
+    """Which slides are H&E, [slides] bool; H&E-only operations are off for the others."""
+    if "stain" not in slides:
+        return np.ones(len(slides), dtype=bool)
+    return slides["stain"].isin(HE).to_numpy()
+
+
+def fit_slides(
+    shards: ShardSet, *, tiles_per_slide: int = 32, seed: int = 0, convention: str = "eosin"
+) -> pd.DataFrame:
+    """Fit every H&E slide from a sample of its tiles and write the fits into the slides table.
+
+    Slides that are not H&E, or without a good tile, get none and a reason: their tiles stay raw.
+
+    Returns:
+        The slides table, with the columns ``stain_fit`` (JSON: convention, vectors, maxima, white, lab_mean, lab_std;
+        "" where there is none), ``stain_reason``, ``stain_tiles`` and ``stain_pixels`` (used), ``stain_angle``
+        (degrees between the stains) and ``stain_residual`` (share of density outside them).
+    """
+    table = shards.slides().drop(columns=list(COLUMNS), errors="ignore")
+    slide_of = shards.column("slide")
+    by_slide = np.argsort(slide_of, kind="stable")
+    bounds = np.searchsorted(slide_of[by_slide], np.arange(len(table) + 1))
+    he = is_he(table)
+    rows = []
+    for slide in progress(range(len(table)), total=len(table), desc="stain fit", unit="slides"):
+        tiles = by_slide[bounds[slide] : bounds[slide + 1]]
+        if not he[slide]:
+            rows.append(_row("not H&E: left as it is"))
+        elif not len(tiles):
+            rows.append(_row("no tiles"))
+        else:
+            sample = sample_tiles(shards, tiles, tiles_per_slide, seed, slide)
+            rows.append(_row(fit_tiles(sample, convention) if sample else "no tile can be decoded", convention))
+    for name, values in zip(COLUMNS, zip(*rows)):
+        table[name] = values
+    write_slides(shards.folder, table)
+    return table
+
+
+def sample_tiles(shards: ShardSet, tiles: np.ndarray, count: int, seed: int, key: int = 0) -> list[np.ndarray]:
+    """Decode up to ``count`` of the numbered tiles, drawn by (seed, key), each [T, T, 3]; broken ones are left out."""
+    chosen = tiles[np.argsort(uniform(np.arange(len(tiles)), key, seed, SAMPLE), kind="stable")[:count]]
+    images = []
+    for tile in np.sort(chosen):
+        try:
+            images.append(decode(shards.image(int(tile))))
+        except (ValueError, EOFError):
+            continue  # 'eosin verify' lists them; a fit needs only some of a slide's tiles
+    return images
+
+
+def fit_tiles(images: Sequence[np.ndarray], convention: str) -> SlideFit | str:
+    """The fit of tiles of one slide, each uint8 [h, w, 3]: medians over those that can be fitted; else why not."""
+    rules = macenko.CONVENTIONS[convention]
+    tensors = [torch.from_numpy(np.ascontiguousarray(i)).permute(2, 0, 1).unsqueeze(0) for i in images]
+    # Only our own convention has the white point of a slide; its peers have one for all.
+    white = white_point(tensors) if rules.white == WHITE else torch.full((3,), rules.white)
+    fits = [macenko.fit(t, rules, white if rules.white == WHITE else None) for t in tensors]
+    colors = [lab.statistics(t) for t in tensors]
+    good = [i for i, (f, c) in enumerate(zip(fits, colors)) if f.good and c.good]
+    if not good:
+        reasons = [macenko.REASONS[int(f.reason)] or "too little tissue" for f in fits]
+        return max(sorted(set(reasons)), key=reasons.count)
+    vectors, maxima = macenko.pooled([(fits[i].vectors[0], fits[i].maxima[0]) for i in good])
+    mean, std = (torch.cat([getattr(colors[i], key) for i in good]).quantile(0.5, dim=0) for key in ("mean", "std"))
+    return SlideFit(
+        vectors,
+        maxima,
+        white,
+        mean,
+        std,
+        tiles=len(good),
+        pixels=sum(int(fits[i].pixels) for i in good),
+        angle=float(torch.rad2deg(torch.acos((vectors[0] @ vectors[1]).clamp(-1, 1)))),
+        residual=float(torch.cat([fits[i].residual for i in good]).quantile(0.5)),
+    )
+
+
+def white_point(images: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Level + 1 of empty glass in tiles of a slide, each uint8 [1, 3, H, W]: [3]; 256 where there is too little."""
+    flat = [i.flatten(2)[0] for i in images]
+    levels = torch.cat([f[:, :: max(1, f.shape[1] // GLASS_PIXELS)] for f in flat], dim=1)  # [3, P]
+    low, high = levels.amin(dim=0), levels.amax(dim=0)
+    glass = levels[:, (low >= GLASS_LEVEL) & (high - low <= GLASS_CHROMA)].float()
+    if glass.shape[1] < max(64, GLASS_SHARE * levels.shape[1]):
+        return torch.full((3,), WHITE)
+    place = int(GLASS_QUANTILE * (glass.shape[1] - 1))
+    return glass.sort(dim=1).values[:, place] + 1
+
+
+def _row(fit: SlideFit | str, convention: str = "") -> tuple[Any, ...]:
+    """The values of COLUMNS."""
+    if isinstance(fit, str):
+        return "", fit, 0, 0, float("nan"), float("nan")
+    found = {key: getattr(fit, key).tolist() for key in ("vectors", "maxima", "white", "lab_mean", "lab_std")}
+    return json.dumps({"convention": convention} | found), "", fit.tiles, fit.pixels, fit.angle, fit.residual

@@ -1,0 +1,110 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from eosin.data_tools.phantom import LABORATORIES, SCANNERS, Optics, concentrations, render
+from eosin.data_tools.phantom_scene import CLASSES, scene
+from eosin.data_tools.shards import ShardSet
+from eosin.ssl.stain import density, lab, macenko
+from eosin.ssl.stain.fits import fit_slides, fit_tiles, white_point
+from eosin.ssl.stain.reference import BUILT_IN
+
+MPP = 0.5
+BOX = (256.0, 256.0, 512.0, 512.0)  # µm: 64 tiles of 128 px
+
+
+def test_slide_fits_land_in_the_table_and_ihc_gets_none(shards, bench):
+    table = fit_slides(shards)
+    assert table["stain_fit"].map(bool).tolist() == [True, True, True, False]
+    assert table["stain_tiles"].tolist() == [4, 4, 4, 0]
+    assert "not H&E" in table["stain_reason"][3]
+    for row, (h, e) in enumerate([bench.he, bench.he2, bench.he]):
+        found = json.loads(ShardSet(shards.folder).slides()["stain_fit"][row])
+        assert bench.angle(found["vectors"][0], h) < 3
+        assert bench.angle(found["vectors"][1], e) < 3
+        assert abs(table["stain_angle"][row] - bench.angle(h, e)) < 5
+        assert table["stain_residual"][row] < 0.1
+        assert table["stain_pixels"][row] > 4 * 0.5 * 96 * 96
+    tinted = json.loads(table["stain_fit"][2])["white"]
+    np.testing.assert_allclose(tinted, [243, 236, 225], atol=2)
+
+
+def test_fitting_again_gives_the_same_table(shards):
+    first = fit_slides(shards)
+    again = fit_slides(ShardSet(shards.folder))
+    assert first.equals(again)
+    assert not first.equals(fit_slides(ShardSet(shards.folder), tiles_per_slide=1, seed=5))
+
+
+def test_bad_tiles_do_not_bend_a_slide(bench):
+    good = [bench.tile(i).permute(1, 2, 0).numpy() for i in range(7)]
+    bad = [image.permute(1, 2, 0).numpy() for image in bench.degenerate.values()]
+    alone, mixed = fit_tiles(good, "eosin"), fit_tiles(good + bad, "eosin")
+    assert mixed.tiles == 7
+    torch.testing.assert_close(alone.vectors, mixed.vectors, atol=0.02, rtol=0)
+    assert isinstance(fit_tiles(bad, "eosin"), str)
+
+
+def test_the_white_point_is_that_of_glass_and_256_without_any(bench):
+    tiles = [bench.tile(i, white=(243, 236, 225))[None] for i in range(3)]
+    torch.testing.assert_close(white_point(tiles), torch.tensor([243.0, 236.0, 225.0]), atol=1, rtol=0)
+    dense = [bench.tile(i, strength=(2.0, 2.5), dense=True)[None] for i in range(3)]
+    assert white_point(dense).tolist() == [256, 256, 256]
+
+
+def phantoms():
+    """A scene of each laboratory and scanner as tiles [n, 256, 256, 3], its optics and its concentrations."""
+    found = []
+    for number, (laboratory, stains) in enumerate(LABORATORIES.items()):
+        for scanner, settings in SCANNERS.items():
+            optics = Optics(stains=stains, thickness=0.9 + 0.2 * number, **settings)
+            drawn = scene(CLASSES[number], seed=300 + number, side_um=1024.0)
+            image = render(drawn, MPP, BOX, optics)
+            tiles = image.reshape(4, 256, 4, 256, 3).swapaxes(1, 2).reshape(-1, 256, 256, 3)
+            found.append((f"{laboratory}, {scanner}", list(tiles), image, optics, concentrations(drawn, MPP, BOX)))
+    return found
+
+
+def errors(vectors, white, image, optics, truth):
+    """Degrees of hematoxylin and eosin, and relative errors of their concentrations where there is stain."""
+    true = np.array(optics.stains) / np.linalg.norm(optics.stains, axis=1, keepdims=True)
+    angles = [np.degrees(np.arccos(np.clip(v @ t / np.linalg.norm(v), -1, 1))) for v, t in zip(vectors, true)]
+    od = -np.log((image.reshape(-1, 3).astype(float) + 1) / white)
+    amounts = od @ np.linalg.pinv(vectors)
+    expected = truth.reshape(-1, 2) * optics.thickness * np.linalg.norm(optics.stains, axis=1)
+    there = expected > 0.3  # below, rounding to 8 bits says more than the stain
+    ratios = [np.median(amounts[there[:, s], s] / expected[there[:, s], s]) - 1 for s in (0, 1)]
+    return [*angles, *np.abs(ratios)]
+
+
+@pytest.mark.slow
+def test_known_stains_of_phantoms_are_recovered_and_better_than_torchstain_does():
+    from torchstain.torch.normalizers.macenko import TorchMacenkoNormalizer
+
+    ours, theirs = [], []
+    for _, tiles, image, optics, truth in phantoms():
+        found = fit_tiles(tiles, "eosin")
+        ours.append(errors(found.vectors.double().numpy(), found.white.double().numpy(), image, optics, truth))
+        peer = TorchMacenkoNormalizer()
+        peer.fit(torch.from_numpy(image).permute(2, 0, 1))
+        theirs.append(errors(peer.HERef.T.double().numpy(), np.full(3, 240.0), image, optics, truth))
+    ours, theirs = np.array(ours), np.array(theirs)
+    assert (np.median(ours, axis=0) <= [2, 2, 0.03, 0.03]).all()
+    assert (np.median(ours, axis=0) <= np.median(theirs, axis=0)).all()
+
+
+@pytest.mark.slow
+def test_slide_normalization_takes_laboratories_and_scanners_out():
+    target = BUILT_IN["eosin"].tensors()[:2]
+    before, after = [], []
+    for _, tiles, *_ in phantoms():
+        found = fit_tiles(tiles, "eosin")
+        images = torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2).contiguous()
+        matrix = macenko.transform(found.vectors[None], found.maxima[None], *target).expand(len(images), 3, 3)
+        out = density.mix(images, matrix, found.white.expand(len(images), 3))
+        for kept, tile in ((before, images), (after, out)):
+            kept.append(lab.statistics(tile).mean.mean(dim=0).numpy())
+    spread = [np.cov(np.array(kept).T).trace() for kept in (before, after)]
+    assert spread[1] < 0.5 * spread[0]
