@@ -84,11 +84,13 @@ def decode() -> Iterator[Case]:
 def stain() -> Iterator[Case]:
     """Macenko normalization with fits at hand, against torchstain, which fits each tile."""
     from eosin.ssl.stain import macenko
+    from eosin.ssl.stain.density import mix
+    from eosin.ssl.stain.reference import BUILT_IN
 
     images = _images(32)
     fits = macenko.fit(images)
-    matrices = macenko.transform(fits.vectors, fits.maxima, *macenko.reference())
-    yield _stain_case("Macenko with a slide's fit", images, lambda: macenko.apply(images, matrices))
+    matrices = macenko.transform(fits.vectors, fits.maxima, *BUILT_IN["eosin"].tensors()[:2])
+    yield _stain_case("Macenko with a slide's fit", images, lambda: mix(images, matrices))
 
 
 @contextmanager
@@ -96,12 +98,45 @@ def stain_fit() -> Iterator[Case]:
     """Macenko with a fit for each tile, against torchstain."""
     import torch
 
-    from eosin.ssl.stain.normalizer import make_normalizer
+    from eosin.ssl.config import Stain
+    from eosin.ssl.stain.normalizer import describe, make_normalizer
 
     images = _images(32)
-    normalizer = make_normalizer("tile", None)
+    normalizer = make_normalizer(describe(Stain(normalize="tile")), None)
+    assert normalizer is not None
     slides = torch.zeros(len(images), dtype=torch.long)
     yield _stain_case("Macenko, fitted for each tile", images, lambda: normalizer(images, slides))
+
+
+@contextmanager
+def randstainna() -> Iterator[Case]:
+    """RandStainNA in Lab, against its authors' class (a checkout of yiqings/RandStainNA, MIT, in RANDSTAINNA)."""
+    import torch
+    from torchvision.transforms.functional import to_pil_image
+
+    from eosin.ssl.stain import augment, lab
+
+    where = Path(os.environ.get("RANDSTAINNA", ""))
+    if not (where / "randstainna.py").is_file():
+        sys.exit("randstainna: set RANDSTAINNA to a checkout of github.com/yiqings/RandStainNA")
+    sys.path.insert(0, str(where))
+    import cv2
+    from randstainna import RandStainNA
+
+    cv2.setNumThreads(1)
+    peer = RandStainNA(str(where / "CRC_LAB_randomTrue_n0.yaml"))
+    images = _images(32)
+    pictures = [to_pil_image(image) for image in images]
+    keys, on = torch.arange(len(images)), torch.ones(len(images), dtype=torch.bool)
+    means = torch.tensor([62.0, -11.0, 23.0]) + torch.randn(20, 3)
+    deviations = torch.tensor([14.0, 6.0, 8.0]) + 0.1 * torch.randn(20, 3)
+    yield Case(
+        "RandStainNA, 256-px tiles, statistics included",
+        "RandStainNA 4897b03 (OpenCV, 8-bit Lab)",
+        len(images),
+        lambda: augment.randstainna(images, keys, lab.statistics(images), means, deviations, 1.0, on),
+        lambda: [peer(picture) for picture in pictures],
+    )
 
 
 @contextmanager
@@ -116,7 +151,7 @@ def crops() -> Iterator[Case]:
 
     config = load_config("dinov2", ["data.shards=s", "run.dir=r"])
     images = _images(16)
-    positions, he = torch.arange(len(images)), torch.ones(len(images), dtype=torch.bool)
+    positions = torch.arange(len(images))
     pictures = [to_pil_image(image) for image in images]
 
     def crop(size: int, scale: tuple[float, float], blur: float) -> T.Compose:
@@ -138,7 +173,7 @@ def crops() -> Iterator[Case]:
         "2 × 224 + 8 × 96 px crops of a tile",
         _version("torchvision", "DINOv2's list"),
         len(images),
-        lambda: multi_crop(images, positions, he, config),
+        lambda: multi_crop(images, positions, config),
         lambda: [view(picture) for picture in pictures for view in views],
     )
 
@@ -172,7 +207,15 @@ def knn() -> Iterator[Case]:
     )
 
 
-CASES = {"read": read, "decode": decode, "stain": stain, "stain-fit": stain_fit, "crops": crops, "knn": knn}
+CASES = {
+    "read": read,
+    "decode": decode,
+    "stain": stain,
+    "stain-fit": stain_fit,
+    "randstainna": randstainna,
+    "crops": crops,
+    "knn": knn,
+}
 
 
 def compare(case: Case, runs: int) -> tuple[list[float], list[float]]:

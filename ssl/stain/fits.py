@@ -109,7 +109,7 @@ def sample_tiles(shards: ShardSet, tiles: np.ndarray, count: int, seed: int, key
 def fit_tiles(images: Sequence[np.ndarray], convention: str) -> SlideFit | str:
     """The fit of tiles of one slide, each uint8 [h, w, 3]: medians over those that can be fitted; else why not."""
     rules = macenko.CONVENTIONS[convention]
-    tensors = [torch.from_numpy(np.ascontiguousarray(i)).permute(2, 0, 1).unsqueeze(0) for i in images]
+    tensors = [torch.tensor(i).permute(2, 0, 1).unsqueeze(0) for i in images]
     # Only our own convention has the white point of a slide; its peers have one for all.
     white = white_point(tensors) if rules.white == WHITE else torch.full((3,), rules.white)
     fits = [macenko.fit(t, rules, white if rules.white == WHITE else None) for t in tensors]

@@ -23,7 +23,7 @@ OFFSET = (-16.0, 0.0, 0.0)
 TOE, TOE_SLOPE, TOE_F = 0.008856, 7.787, 16 / 116  # below, CIE's cube root is a straight line
 KNEE, KNEE_SLOPE = 0.0031308, 12.92  # below, sRGB is a straight line
 SHADES = 1 << 13  # steps of the root of light in which its 8-bit level is looked up
-TISSUE_L = 87.5  # L of a gray of optical density .15, where tissue begins
+TISSUE_L, GLASS_L = 87.5, 95.6  # L of grays of optical density .15, where tissue begins, and .05, where glass does
 PIXELS = 1 << 12  # of an image that statistics look at, on a regular grid
 MIN_TISSUE = 0.02  # least fraction of tissue pixels for statistics
 MIN_DEVIATION = 0.5  # of a channel; a smaller one would be blown up
@@ -79,7 +79,7 @@ def transfer(
         images: [B, 3, H, W], uint8, or float in [0, 1].
         scale, shift: [B, 3].
         on: [B] bool; where False the image comes back as it is.
-        fade: the change fades out from L = 87.5 to white, which stays white; else it is the same everywhere.
+        fade: the change fades out from L = 87.5 to 95.6, that of empty glass; else it is the same everywhere.
 
     Returns:
         Images of the same type.
@@ -100,9 +100,9 @@ def transfer(
         roots = value.log().mul_(1 / 3).exp_()  # [b, 3, p]
         moved = (change @ roots).add_(constant.unsqueeze(2))
         if fade:
-            # L = 116 f_y - 16, so (100 - L) / (100 - TISSUE_L) is linear in the middle root.
-            slope = 116 / (100 - TISSUE_L)
-            moved.mul_((roots[:, 1:2] * -slope).add_(slope).clamp_(0, 1))
+            # L = 116 f_y - 16, so (GLASS_L - L) / (GLASS_L - TISSUE_L) is linear in the middle root.
+            slope = 116 / (GLASS_L - TISSUE_L)
+            moved.mul_((roots[:, 1:2] * -slope).add_(slope * (GLASS_L + 16) / 116).clamp_(0, 1))
         roots.add_(moved)
         # Only the difference is turned back, so that no change is exactly none, below the toe too.
         light = (back.expand(len(part), 3, 3) @ (roots * roots).mul_(roots).sub_(value)).add_(light).clamp_(0, 1)

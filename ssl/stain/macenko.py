@@ -19,6 +19,7 @@ from eosin.ssl.stain.density import TISSUE, WHITE, by_pixels, mix, optical_densi
 
 MIN_TISSUE = 0.02  # least fraction of tissue pixels for a fit
 MIN_ANGLE = 8.0  # degrees between the two stain vectors, below which they are one stain
+MOST = 5.0  # a stain's maximum concentration; 8 bits hold densities up to 5.5
 MAXIMUM = 0.99  # quantile of a stain's concentrations that counts as its maximum (Macenko, sec. 2)
 LUMINOSITY = 0.8  # tiatoolbox: L of a tissue pixel, of 1, after its contrast is stretched
 STRETCH = 0.02  # tiatoolbox: share of all levels at each end that its stretch of the contrast cuts off
@@ -119,13 +120,16 @@ def _fit(images: torch.Tensor, convention: Convention, white: torch.Tensor | Non
     )
 
     cosine = (vectors[:, 0] * vectors[:, 1]).sum(dim=1).clamp(-1, 1)
-    # H&E absorbs all three channels and green most; pen and other stains do not.
+    # H&E absorbs all three channels and green most, and hematoxylin red more than blue; pen, a tinted background and
+    # other stains do not.
     foreign = (vectors < -0.05).flatten(1).any(1) | (vectors[..., 1] < vectors[..., 2] - 0.2).any(1)
+    red, green, blue = vectors[:, 0].unbind(1)
+    foreign |= (red < blue) | (red > green + 0.25)
     wrong = [
         count < max(64, MIN_TISSUE * tissue.shape[1]),
         torch.rad2deg(torch.acos(cosine)) < MIN_ANGLE,
         foreign,
-        ~(finite & torch.isfinite(vectors).flatten(1).all(1) & (maxima > 1e-2).all(1)),
+        ~(finite & torch.isfinite(vectors).flatten(1).all(1) & ((maxima > 1e-2) & (maxima < MOST)).all(1)),
     ]
     reason = torch.zeros(len(images), dtype=torch.uint8, device=images.device)
     for number in range(len(wrong), 0, -1):  # the first that applies is the one that is said

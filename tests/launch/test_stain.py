@@ -98,7 +98,14 @@ def test_a_run_lists_the_tiles_that_cannot_be_fitted(tiny_recipe, tmp_path, caps
         Image.fromarray(image).save(folder / f"{i}.png")
     shards, run = tmp_path / "packed", tmp_path / "run"
     assert main(["pack", str(folder), "--out", str(shards)]) == 0
-    arguments = [*tiny_recipe, f"data.shards={shards}", f"run.dir={run}", *TRAIN, "data.batch=8", "stain.normalize=tile"]
+    arguments = [
+        *tiny_recipe,
+        f"data.shards={shards}",
+        f"run.dir={run}",
+        *TRAIN,
+        "data.batch=8",
+        "stain.normalize=tile",
+    ]
     assert main(["train", *arguments]) == 0
     listed = [json.loads(line) for line in (run / "stain_raw.jsonl").read_text().splitlines()]
     assert listed == [{"tile": 0, "reason": "too little tissue"}]

@@ -48,6 +48,15 @@ def test_a_white_point_given_is_taken_out(bench):
     assert bench.angle(wrong.vectors[0, 1], plain.vectors[0, 1]) > 2
 
 
+def test_a_tinted_background_does_not_pass_for_hematoxylin(bench):
+    # Yellowish mounting under little tissue: its density is in the blue, as that of no nucleus is.
+    rng = np.random.default_rng(0)
+    image = bench.tile(0, tissue=0.3, white=(235, 214, 178))
+    noisy = (image.double() + torch.from_numpy(rng.normal(0, 3, image.shape))).clamp(0, 255).byte()
+    fits = macenko.fit(noisy[None])
+    assert not fits.good or fits.vectors[0, 0, 0] > fits.vectors[0, 0, 2]
+
+
 def test_normalizing_two_stainings_of_one_section_brings_them_together(bench):
     # The same concentrations under another laboratory's vectors and strengths.
     pair = torch.stack([bench.tile(3), bench.tile(3, bench.he2, strength=(0.7, 1.2))])
