@@ -1,6 +1,6 @@
 """Time Eosin beside a peer on the same work in the same process, alternately, and print one table row a comparison.
 
-    python benchmarks/run.py                   every comparison
+    python benchmarks/run.py                   every comparison but those that need a GPU or a checkout
     python benchmarks/run.py stain read        some of them
     python benchmarks/run.py --runs 15 stain
 
@@ -109,6 +109,29 @@ def stain_fit() -> Iterator[Case]:
 
 
 @contextmanager
+def stain_gpu() -> Iterator[Case]:
+    """Macenko normalization with fits at hand on a GPU, against torchstain on the same GPU."""
+    import torch
+
+    from eosin.ssl.stain import macenko
+    from eosin.ssl.stain.density import mix
+    from eosin.ssl.stain.reference import BUILT_IN
+
+    if not torch.cuda.is_available():
+        sys.exit("stain-gpu: there is no CUDA device")
+    images = _images(32).cuda().repeat(16, 1, 1, 1)
+    fits = macenko.fit(images)
+    matrices = macenko.transform(fits.vectors, fits.maxima, *BUILT_IN["eosin"].tensors("cuda")[:2])
+
+    def ours() -> None:
+        mix(images, matrices)
+        torch.cuda.synchronize()
+
+    case = _stain_case(f"Macenko with a slide's fit on {torch.cuda.get_device_name()}", images, ours)
+    yield case._replace(theirs=lambda: (case.theirs(), torch.cuda.synchronize()))
+
+
+@contextmanager
 def randstainna() -> Iterator[Case]:
     """RandStainNA in Lab, against its authors' class (a checkout of yiqings/RandStainNA, MIT, in RANDSTAINNA)."""
     import torch
@@ -212,6 +235,7 @@ CASES = {
     "decode": decode,
     "stain": stain,
     "stain-fit": stain_fit,
+    "stain-gpu": stain_gpu,
     "randstainna": randstainna,
     "crops": crops,
     "knn": knn,
@@ -241,7 +265,7 @@ def row(case: Case, rates: tuple[list[float], list[float]], command: str) -> str
 def main() -> None:
     """Run the named comparisons and print their rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(CASES)}; all by default")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(CASES)}")
     parser.add_argument("--runs", type=int, default=7, help="timed runs of each side (default: 7)")
     args = parser.parse_args()
     if unknown := sorted(set(args.names) - set(CASES)):
@@ -252,7 +276,8 @@ def main() -> None:
 
     torch.set_num_threads(1)
     print("| work | peer | ours | theirs | ratio | machine | date | command |\n|---|---|---|---|---|---|---|---|")
-    for name in args.names or CASES:
+    # What needs a GPU or a checkout runs when it is named.
+    for name in args.names or [n for n in CASES if n not in ("stain-gpu", "randstainna")]:
         with CASES[name]() as case:
             print(row(case, compare(case, args.runs), f"python benchmarks/run.py {name}"), flush=True)
 
