@@ -38,7 +38,7 @@ class Augmenter:
     Attributes:
         stain: the recipe's section.
         he: [slides] bool.
-        fitted: [slides] bool, which have color statistics.
+        candidates: [F], numbers of the slides with color statistics, ascending.
         known: [slides] bool, which have stain vectors.
         vectors: [slides, 2, 3], of the tiles as the operations see them.
         lab_mean, lab_std: [slides, 3].
@@ -46,7 +46,7 @@ class Augmenter:
 
     stain: Stain
     he: torch.Tensor
-    fitted: torch.Tensor
+    candidates: torch.Tensor
     known: torch.Tensor
     vectors: torch.Tensor
     lab_mean: torch.Tensor
@@ -84,10 +84,10 @@ class Augmenter:
                     )
                 elif operation.op == "randstainna":
                     # No bits of it depend on the number of slides on a rank: all ranks hold the whole table.
-                    means, deviations = self.lab_mean[self.fitted], self.lab_std[self.fitted]
+                    means, deviations = self.lab_mean[self.candidates], self.lab_std[self.candidates]
                     crops = randstainna(crops, key, source, means, deviations, operation.spread, on)
                 else:
-                    partner = draw_partner(key, slide, self.fitted)
+                    partner = draw_partner(key, slide, self.candidates)
                     crops = reinhard(crops, source, self.lab_mean[partner], self.lab_std[partner], on)
             return crops
 
@@ -122,7 +122,7 @@ def make_augmenter(stain: Stain, shards: ShardSet, normalizer: Normalizer | None
     if normalizer is not None:
         # Normalized tiles have the reference's stains, whatever their slide's were.
         vectors, known = normalizer.reference.tensors()[0].expand_as(vectors), normalizer.reason == 0
-    return Augmenter(stain, he, fitted, known, vectors, mean, std)
+    return Augmenter(stain, he, fitted.nonzero().squeeze(1), known, vectors, mean, std)
 
 
 def hed(images: torch.Tensor, keys: torch.Tensor, sigma: float, on: torch.Tensor) -> torch.Tensor:
@@ -223,11 +223,10 @@ def reinhard(
     return lab.transfer(images, *lab.matching(source, mean, std), on & source.good)
 
 
-def draw_partner(keys: torch.Tensor, slides: torch.Tensor, fitted: torch.Tensor) -> torch.Tensor:
-    """For each key of [N] a slide number [N] among the fitted ones, another than its own where that is one of them."""
-    candidates = fitted.nonzero().squeeze(1)  # [F]
+def draw_partner(keys: torch.Tensor, slides: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    """For each key of [N] one of the ``candidates``, [F] ascending slide numbers, another than its own slide of [N]."""
     place = torch.searchsorted(candidates, slides.contiguous())
-    own = fitted[slides]
+    own = candidates[place.clamp(max=len(candidates) - 1)] == slides
     among = len(candidates) - own.long()
     drawn = (uniform(keys, purpose("partner slide")) * among).long().clamp(max=len(candidates) - 1)
     # The own slide is skipped.

@@ -137,8 +137,8 @@ def describe_run(run: Path, stain: Stain) -> dict[str, Any] | None:
 
 
 def save_description(run: Path, description: dict[str, Any] | None) -> None:
-    """Keep a run's normalization beside its configuration."""
-    if description is not None:
+    """Keep a run's normalization beside its configuration, as it was when the run began."""
+    if description is not None and not (run / STAIN_FILE).is_file():
         write_json(run / STAIN_FILE, description)
 
 

@@ -30,15 +30,19 @@ def forward(network, images, masks=None, keys=None, hide=True, rate=0.0):
         ("vit_small_patch14_reg4_dinov2", "{depth: 2, patch_size: 16}"),
         ("vit_giant_patch14_reg4_dinov2", "{depth: 2, embed_dim: 96, num_heads: 3, patch_size: 16, mlp_ratio: 5.3334}"),
         ("vit_tiny_patch16_224", "{depth: 2, qk_norm: true}"),
+        ("vit_base_patch14_dinov2", "{depth: 2, embed_dim: 96, num_heads: 3}"),
+        ("vit_giant_patch14_reg4_dinov2", "{depth: 2, embed_dim: 96, num_heads: 3, mlp_ratio: 5.3334}"),
     ],
-    ids=["plain", "registers", "swiglu", "qk-norm"],
+    ids=["plain", "registers", "swiglu", "qk-norm", "patch 14", "patch 14, registers, swiglu"],
 )
 def test_the_packed_pass_equals_timm(architecture, args):
-    settings = config(f"model.architecture={architecture}", f"model.args={args}")
+    big, small = (56, 28) if "patch14" in architecture and "patch_size" not in args else (64, 32)
+    sizes = [f"crops.global_size={big}", f"crops.local_size={small}"]
+    settings = config(f"model.architecture={architecture}", f"model.args={args}", *sizes)
     network = Network(settings)
-    plain = timm.create_model(architecture, num_classes=0, dynamic_img_size=True, img_size=64, **settings.model.args)
+    plain = timm.create_model(architecture, num_classes=0, dynamic_img_size=True, img_size=big, **settings.model.args)
     plain.load_state_dict(network.backbone.state_dict())
-    images = [torch.randn(2, 3, 3, 64, 64), torch.randn(4, 3, 3, 32, 32)]
+    images = [torch.randn(2, 3, 3, big, big), torch.randn(4, 3, 3, small, small)]
     out = forward(network, images)
     with torch.no_grad():
         expected = torch.cat([plain.forward_features(i.flatten(0, 1))[:, 0].view(len(i), 3, -1) for i in images])
@@ -135,3 +139,24 @@ def test_parameter_groups_follow_dinov2():
     assert of[id(network.dino_head.prototypes)]["lr"] == pytest.approx(peak.lr)
     set_moment(optimizer, at(0, settings))
     assert of[id(network.dino_head.prototypes)]["lr"] == 0
+
+
+@pytest.mark.parametrize("layer_decay", [1.0, 0.9])
+def test_the_backbone_waits_while_heads_and_mask_token_learn(layer_decay):
+    settings = config(f"optim={{layer_decay: {layer_decay}, heads_only: 5, warmup: 10}}", "run.steps=100")
+    network = Network(settings)
+    optimizer = build_optimizer(network, settings)
+    names = {id(p): name for name, p in network.named_parameters()}
+    for step, frozen in ((0, True), (4, True), (5, False)):
+        set_moment(optimizer, at(step, settings))
+        rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        assert len(rates) == len(names)
+        for name, rate in rates.items():
+            assert (rate == 0) == (frozen and name.startswith("backbone.")), name
+
+
+def test_checkpoints_from_before_the_backbone_could_wait_are_still_read():
+    """A checkpoint holds the flags of the groups and is refused by an optimizer with others."""
+    settings = config("optim.heads_only=0")
+    groups = build_optimizer(Network(settings), settings).param_groups
+    assert all({"factor", "decayed", "last_layer"} <= set(g) and "backbone" not in g for g in groups)

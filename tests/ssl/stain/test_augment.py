@@ -140,7 +140,7 @@ def test_drawn_deviations_stay_positive(bench):
 def test_partners_are_other_fitted_slides():
     fitted = torch.tensor([True, False, True, True, False])
     slides = torch.arange(5).repeat(500)
-    partner = augment.draw_partner(torch.arange(2500), slides, fitted)
+    partner = augment.draw_partner(torch.arange(2500), slides, fitted.nonzero().squeeze(1))
     assert fitted[partner].all()
     assert (partner != slides).all()
     for slide in range(5):
