@@ -106,7 +106,7 @@ def read_json(path: Path | str, what: str) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; expected {what}") from None
-    except (NotADirectoryError, IsADirectoryError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # what cannot be opened, decoded or parsed
         raise UserError(f"{path} is not readable as {what}: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} is not {what}: a JSON object was expected")

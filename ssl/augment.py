@@ -16,7 +16,6 @@ from eosin.ssl.config import Augment, Config
 from eosin.ssl.stain.augment import Crops
 
 TRIES = 10  # as torchvision.transforms.RandomResizedCrop
-ASPECT = (3 / 4, 4 / 3)
 GRAY = (0.299, 0.587, 0.114)  # ITU-R 601-2 luma, as torchvision
 
 
@@ -53,7 +52,7 @@ def standardize(images: torch.Tensor, mean: list[float], std: list[float]) -> to
     return (images - images.new_tensor(mean).view(shape)) / images.new_tensor(std).view(shape)
 
 
-def crop_boxes(keys: torch.Tensor, side: int, scale: list[float]) -> torch.Tensor:
+def crop_boxes(keys: torch.Tensor, side: int, scale: list[float], aspect: list[float]) -> torch.Tensor:
     """Boxes of RandomResizedCrop, [N, 4] int64 (top, left, height, width), one for each key of [N].
 
     The first of ten drawn (area, aspect) pairs that fits is taken, else the whole image, as in torchvision.
@@ -61,10 +60,10 @@ def crop_boxes(keys: torch.Tensor, side: int, scale: list[float]) -> torch.Tenso
     tries = torch.arange(TRIES, device=keys.device)
     key = keys.unsqueeze(1)
     area = side * side * (scale[0] + (scale[1] - scale[0]) * uniform(key, tries, purpose("crop area")))
-    low, high = math.log(ASPECT[0]), math.log(ASPECT[1])
-    aspect = torch.exp(low + (high - low) * uniform(key, tries, purpose("crop aspect")))
-    width = torch.sqrt(area * aspect).round().long()
-    height = torch.sqrt(area / aspect).round().long()
+    low, high = math.log(aspect[0]), math.log(aspect[1])
+    ratio = torch.exp(low + (high - low) * uniform(key, tries, purpose("crop aspect")))
+    width = torch.sqrt(area * ratio).round().long()
+    height = torch.sqrt(area / ratio).round().long()
     fits = (width > 0) & (width <= side) & (height > 0) & (height <= side)
     first = fits.long().argmax(dim=1, keepdim=True)  # 0 when none fits
     found = fits.any(dim=1)
@@ -108,7 +107,7 @@ def _views(
     keys = hash32(positions.unsqueeze(1), view, config.run.seed, purpose("augment")).flatten()  # [B·V]
     augment = config.augment
 
-    boxes = crop_boxes(keys, side, scale)
+    boxes = crop_boxes(keys, side, scale, config.crops.aspect)
     rows = resize_weights(boxes[:, 0], boxes[:, 2], side, size)  # [B·V, S, T]
     columns = resize_weights(boxes[:, 1], boxes[:, 3], side, size)
     if augment.flips:
@@ -122,6 +121,9 @@ def _views(
     if augment.rotate90:  # with both flips, a transposition reaches all eight symmetries of a square
         out = _where(uniform(keys, purpose("transpose")) < 0.5, out.transpose(2, 3), out)
 
+    if augment.rotate:
+        angles = 2 * math.pi * uniform(keys, purpose("angle"))
+        out = _where(uniform(keys, purpose("rotate")) < augment.rotate, rotated(out, angles), out)
     if stain is not None:
         out = stain(out, keys, torch.arange(batch, device=out.device).repeat_interleave(count))
     matrices, offsets = color_maps(out, keys, augment)
@@ -133,6 +135,15 @@ def _views(
         out = _where(chosen, torch.where(out >= 0.5, 1 - out, out), out)
     out = standardize(out, augment.mean, augment.std)
     return out.view(batch, count, 3, size, size).transpose(0, 1)
+
+
+def rotated(images: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Turn ``images``, [N, 3, S, S], counterclockwise by ``angles``, [N] radians; what comes in is mirrored."""
+    cos, sin = torch.cos(angles), torch.sin(angles)
+    zero = torch.zeros_like(angles)
+    turns = torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).view(-1, 2, 3)
+    grid = torch.nn.functional.affine_grid(turns, list(images.shape), align_corners=False)
+    return torch.nn.functional.grid_sample(images, grid, padding_mode="reflection", align_corners=False).clamp(0, 1)
 
 
 def color_maps(images: torch.Tensor, keys: torch.Tensor, augment: Augment) -> tuple[torch.Tensor, torch.Tensor]:

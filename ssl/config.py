@@ -29,7 +29,7 @@ RGB = Annotated[list[float], Field(min_length=3, max_length=3)]
 class Section(BaseModel):
     """A part of the configuration; unknown keys and loose types are refused."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Model(Section):
@@ -38,6 +38,9 @@ class Model(Section):
     architecture: str = "vit_small_patch16_224"
     args: dict[str, Any] = {}  # further arguments of timm's VisionTransformer, e.g. {reg_tokens: 4, depth: 6}
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0  # the same rate in every block
+    # Weights to begin with: the path of a file or folder, timm:NAME or hf-hub:OWNER/REPO[/FILE].
+    init_from: Annotated[str, Field(min_length=1)] | None = None
+    init_partial: bool = False  # go on with what fits, where not all of the backbone does
 
 
 class Crops(Section):
@@ -48,6 +51,7 @@ class Crops(Section):
     local_size: Count = 96
     local_scale: Range = [0.05, 0.32]
     local_count: Annotated[int, Field(ge=0)] = 8
+    aspect: Range = [3 / 4, 4 / 3]  # width over height of a crop's box
 
 
 class Augment(Section):
@@ -55,6 +59,7 @@ class Augment(Section):
 
     flips: bool = True
     rotate90: bool = True
+    rotate: Probability = 0.0  # by any angle, with the border mirrored
     jitter: Probability = 0.8
     brightness: NonNegative = 0.4
     contrast: NonNegative = 0.4
@@ -124,15 +129,19 @@ class Stain(Section):
 
 
 class Objective(Section):
-    """DINO on crops, iBOT on masked patches, KoLeo on the student's class tokens."""
+    """DINO on crops, iBOT on masked patches, KoLeo or KDE on the student's class tokens."""
 
     dino: NonNegative = 1.0
     ibot: NonNegative = 1.0
     koleo: NonNegative = 0.1
+    kde: NonNegative = 0.0
+    kde_concentration: Positive = 5.0
     prototypes: Count = 65536
     hidden: Count = 2048
     bottleneck: Count = 256
     tied_heads: bool = True
+    ibot_prototypes: Count | None = None  # of an iBOT head of its own; as DINO's where none is given
+    ibot_bottleneck: Count | None = None
     targets: Literal["sinkhorn", "centering"] = "sinkhorn"
     student_temperature: Positive = 0.1
     teacher_temperature: Range = [0.04, 0.07]
@@ -153,6 +162,7 @@ class Optim(Section):
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     patch_embed_lr: Positive = 0.2
     freeze_last_layer: Annotated[int, Field(ge=0)] = 0  # steps
+    heads_only: Annotated[int, Field(ge=0)] = 0  # first steps in which the backbone stays as it is
     clip: Positive = 3.0
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
 
@@ -179,6 +189,14 @@ class Run(Section):
     keep: Count = 2  # newest checkpoints kept
 
 
+class HighResolution(Section):
+    """The last steps of a run at another size, on tiles of their own where ``shards`` names them (UNI)."""
+
+    steps: Count
+    crops: Crops
+    shards: Annotated[str, Field(min_length=1)] | None = None
+
+
 class Config(Section):
     """Everything a run depends on."""
 
@@ -190,33 +208,46 @@ class Config(Section):
     optim: Optim = Optim()
     data: Data
     run: Run
+    high_resolution: HighResolution | None = None
 
     @model_validator(mode="after")
     def _combinations(self) -> Config:
         patch = patch_size(self.model)
-        for key in ("global_size", "local_size"):
-            size = getattr(self.crops, key)
-            if size % patch and not (key == "local_size" and self.crops.local_count == 0):
-                below = max(size // patch, 1) * patch
-                raise ValueError(
-                    f"crops.{key}: {size} is not a multiple of the patch size {patch} of {self.model.architecture}; "
-                    f"the nearest that are: {below}, {below + patch}"
-                )
-        for section, key in [
-            ("crops", "global_scale"),
-            ("crops", "local_scale"),
-            ("augment", "blur_sigma"),
-            ("objective", "mask_ratio"),
+        all_crops = {"crops": self.crops}
+        if self.high_resolution:
+            all_crops["high_resolution.crops"] = self.high_resolution.crops
+            if self.high_resolution.steps >= self.run.steps:
+                last, all_steps = self.high_resolution.steps, self.run.steps
+                raise ValueError(f"high_resolution.steps: {last} are not fewer than run.steps={all_steps}; change one")
+        for name, crops in all_crops.items():
+            for key in ("global_size", "local_size"):
+                size = getattr(crops, key)
+                if size % patch and not (key == "local_size" and crops.local_count == 0):
+                    below = max(size // patch, 1) * patch
+                    raise ValueError(
+                        f"{name}.{key}: {size} is not a multiple of the patch size {patch} of "
+                        f"{self.model.architecture}; the nearest that are: {below}, {below + patch}"
+                    )
+            low, high = crops.aspect
+            if not 0 < low <= high:
+                raise ValueError(f"{name}.aspect: [{low}, {high}] is not a range 0 < low <= high")
+        for section, key, part in [
+            *((name, key, crops) for name, crops in all_crops.items() for key in ("global_scale", "local_scale")),
+            ("augment", "blur_sigma", self.augment),
+            ("objective", "mask_ratio", self.objective),
         ]:
-            low, high = getattr(getattr(self, section), key)
+            low, high = getattr(part, key)
             if not 0 < low <= high or (high > 1 and key != "blur_sigma"):
                 raise ValueError(f"{section}.{key}: [{low}, {high}] is not a range 0 < low <= high <= 1")
-        for section, key in [("optim", "warmup"), ("optim", "freeze_last_layer")]:
+        for section, key in [("optim", "warmup"), ("optim", "freeze_last_layer"), ("optim", "heads_only")]:
             if getattr(getattr(self, section), key) > self.run.steps:
                 longest = getattr(getattr(self, section), key)
                 raise ValueError(
                     f"{section}.{key}: {longest} steps are more than run.steps={self.run.steps}; change one"
                 )
+        for key in ("ibot_prototypes", "ibot_bottleneck"):
+            if self.objective.tied_heads and getattr(self.objective, key) is not None:
+                raise ValueError(f"objective.{key}: tied heads are one; set objective.tied_heads=false or leave it out")
         if self.objective.dino + self.objective.ibot == 0:
             raise ValueError("objective.dino: 0 with objective.ibot 0 leaves nothing to learn; set one above 0")
         return self

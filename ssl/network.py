@@ -11,9 +11,10 @@ from torch import nn
 
 from eosin.ssl import distributed
 from eosin.ssl.backbone import build_backbone, embed, packed_features
-from eosin.ssl.config import Config, Objective
+from eosin.ssl.config import Config
 from eosin.ssl.losses.dino import dino_loss
 from eosin.ssl.losses.ibot import ibot_loss
+from eosin.ssl.losses.kde import kde_loss
 from eosin.ssl.losses.koleo import koleo_loss
 from eosin.ssl.losses.targets import centered, sinkhorn, update_center
 
@@ -24,13 +25,12 @@ class Head(nn.Module):
     Caron et al. 2021, appendix C. The prototypes' norm is fixed at 1, as DINOv2 does.
     """
 
-    def __init__(self, width: int, objective: Objective) -> None:
+    def __init__(self, width: int, hidden: int, bottleneck: int, prototypes: int) -> None:
         super().__init__()
-        hidden, bottleneck = objective.hidden, objective.bottleneck
         self.mlp = nn.Sequential(
             nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
         )
-        self.prototypes = nn.Parameter(torch.empty(objective.prototypes, bottleneck))
+        self.prototypes = nn.Parameter(torch.empty(prototypes, bottleneck))
         for layer in self.mlp:
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
@@ -65,9 +65,14 @@ class Network(nn.Module):
         self.backbone = build_backbone(config, packed=True)
         width = self.backbone.embed_dim
         self.mask_token = nn.Parameter(torch.zeros(width))
-        self.dino_head = Head(width, config.objective)
+        o = config.objective
+        self.dino_head = Head(width, o.hidden, o.bottleneck, o.prototypes)
         # Tied heads are one module under one name, so that a checkpoint holds each weight once.
-        self.ibot_head = None if config.objective.tied_heads else Head(width, config.objective)
+        self.ibot_head = (
+            None
+            if o.tied_heads
+            else Head(width, o.hidden, o.ibot_bottleneck or o.bottleneck, o.ibot_prototypes or o.prototypes)
+        )
 
     def forward(
         self, crops: list[torch.Tensor], masks: torch.Tensor, keys: torch.Tensor, *, hide: bool, rate: float
@@ -107,8 +112,9 @@ class StudentTeacher(nn.Module):
         self.config = config
         self.student = Network(config)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
-        for name in ("dino", "ibot"):
-            self.register_buffer(f"{name}_center", torch.zeros(config.objective.prototypes))
+        prototypes = config.objective.prototypes
+        self.register_buffer("dino_center", torch.zeros(prototypes))
+        self.register_buffer("ibot_center", torch.zeros(config.objective.ibot_prototypes or prototypes))
 
     def losses(
         self,
@@ -140,6 +146,9 @@ class StudentTeacher(nn.Module):
             "dino": dino_loss(said.cls_scores, cls_targets, temperature),
             "ibot": ibot_loss(said.patch_scores, patch_targets, masks, temperature),
             "koleo": sum((koleo_loss(c) for c in said.cls[:2]), torch.zeros((), device=keys.device)),
+            "kde": sum(
+                (kde_loss(c, objective.kde_concentration) for c in said.cls[:2]), torch.zeros((), device=keys.device)
+            ),
             "teacher_entropy": -(cls_targets * cls_targets.clamp(min=1e-30).log()).sum(dim=2).mean(),
             "prototype_entropy": -(mean_target * mean_target.clamp(min=1e-30).log()).sum(),
             "cls": seen.cls.detach(),

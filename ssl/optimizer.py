@@ -11,20 +11,21 @@ from eosin.ssl.schedules import Moment
 
 
 def build_optimizer(student: Network, config: Config) -> torch.optim.AdamW:
-    """One group for each (learning-rate factor, decayed or not, last layer or not); see :func:`set_moment`."""
+    """One group for each (learning-rate factor, decayed, last layer, backbone); see :func:`set_moment`."""
     optim, depth = config.optim, len(student.backbone.blocks)
-    groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
         factor = optim.layer_decay ** (depth + 1 - _layer(name, depth))
         if ".patch_embed." in name:
             factor *= optim.patch_embed_lr
         decayed = parameter.ndim > 1 and not name.endswith(("cls_token", "reg_token", "pos_embed"))
-        groups.setdefault((factor, decayed, name.endswith("prototypes")), []).append(parameter)
+        backbone = optim.heads_only > 0 and name.startswith("backbone.")
+        key = (factor, decayed, name.endswith("prototypes"), backbone)
+        groups.setdefault(key, []).append(parameter)
+    # A checkpoint holds the flags and must have the same: runs that do not freeze the backbone go without that one.
+    flags = ("factor", "decayed", "last_layer", "backbone")[: 4 if optim.heads_only else 3]
     return torch.optim.AdamW(
-        [
-            {"params": parameters, "factor": factor, "decayed": decayed, "last_layer": last_layer}
-            for (factor, decayed, last_layer), parameters in groups.items()
-        ],
+        [dict(zip(flags, key)) | {"params": parameters} for key, parameters in groups.items()],
         betas=(optim.betas[0], optim.betas[1]),
         fused=True,
     )
@@ -33,7 +34,9 @@ def build_optimizer(student: Network, config: Config) -> torch.optim.AdamW:
 def set_moment(optimizer: torch.optim.Optimizer, moment: Moment) -> None:
     """Set each group's learning rate and weight decay for this step."""
     for group in optimizer.param_groups:
-        frozen = group["last_layer"] and moment.last_layer_frozen
+        frozen = (group["last_layer"] and moment.last_layer_frozen) or (
+            group.get("backbone") and moment.backbone_frozen
+        )
         group["lr"] = 0.0 if frozen else moment.lr * group["factor"]
         group["weight_decay"] = moment.weight_decay if group["decayed"] else 0.0
 

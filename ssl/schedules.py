@@ -17,6 +17,7 @@ class Moment:
     momentum: float
     teacher_temperature: float
     last_layer_frozen: bool
+    backbone_frozen: bool
 
 
 def base_lr(config: Config) -> float:
@@ -41,6 +42,7 @@ def at(step: int, config: Config) -> Moment:
         momentum=cosine(objective.momentum[0], objective.momentum[1], step / steps),
         teacher_temperature=low + (high - low) * warm,
         last_layer_frozen=step < optim.freeze_last_layer,
+        backbone_frozen=step < optim.heads_only,
     )
 
 

@@ -21,28 +21,25 @@ from eosin.data_tools.errors import DONE, TO_BE_CONTINUED, UserError
 from eosin.data_tools.files import atomic_path
 from eosin.data_tools.progress import progress
 from eosin.data_tools.shards import ShardSet
-from eosin.data_tools.stream import BAD_BOUND, Batch, batches
-from eosin.ssl import checkpoint, distributed, health
-from eosin.ssl.augment import multi_crop
-from eosin.ssl.config import Config, patch_size, read_run_config, write_config
-from eosin.ssl.masks import block_masks
+from eosin.data_tools.stream import BAD_BOUND, Batch
+from eosin.ssl import checkpoint, distributed, feed, health
+from eosin.ssl.config import Config, read_run_config, write_config
+from eosin.ssl.initialize import initialize
 from eosin.ssl.metrics import effective_rank, mean_cosine, same_group_rate
 from eosin.ssl.network import StudentTeacher
 from eosin.ssl.optimizer import build_optimizer, set_moment
 from eosin.ssl.schedules import Moment, at
-from eosin.ssl.stain.augment import Augmenter, make_augmenter
 from eosin.ssl.stain.normalizer import (
     NO_FIT,
     REASONS,
-    Normalizer,
     describe_run,
-    make_normalizer,
     save_description,
 )
 
 # What may differ when a run is continued: none of it changes what is learned.
 FREE = {"data.shards", "data.workers", "run.dir", "run.device", "run.log_every", "run.checkpoint_every", "run.keep"}
 BAD_ALWAYS_ALLOWED = 3
+TERMS = ("dino", "ibot", "koleo", "kde")
 RAW_LISTED = 10_000  # tiles without stain normalization that a process lists
 
 
@@ -66,20 +63,19 @@ def train(config: Config) -> int:
 
 def _train(config: Config, device: torch.device, stop: list[int]) -> int:
     run, steps = Path(config.run.dir), config.run.steps
-    shards = ShardSet(config.data.shards)
     normalization = describe_run(run, config.stain)
-    normalizer = make_normalizer(normalization, shards)
-    augmenter = make_augmenter(config.stain, shards, normalizer)
+    phases = feed.phases(config, normalization, device)
     if distributed.rank() == 0:
-        for line in _stain_notes(normalizer, augmenter):
+        for line in (line for phase in phases for line in feed.stain_notes(phase)):
             print(line)
-    augmenter = augmenter.to(device) if augmenter else None
 
     torch.manual_seed(config.run.seed)
     model = StudentTeacher(config).to(device)
     optimizer = build_optimizer(model.student, config)
-    facts = {"shard set": shards.identity}
+    facts = feed.identities(phases)
     start = checkpoint.resume(run, model, optimizer, facts)
+    if not start:
+        initialize(model, config.model)
     if distributed.rank() == 0 and start:
         print(f"{run} is complete at step {start}" if start == steps else f"{run} goes on after step {start}")
     student: nn.Module = model.student
@@ -91,15 +87,7 @@ def _train(config: Config, device: torch.device, stop: list[int]) -> int:
     parameters = list(model.student.parameters())
     bf16 = config.run.precision == "bf16" or (config.run.precision == "auto" and device.type == "cuda")
 
-    stream = batches(
-        shards,
-        batch=config.data.batch,
-        steps=range(start, steps),
-        seed=config.run.seed,
-        rank=distributed.rank(),
-        ranks=distributed.ranks(),
-        workers=config.data.workers,
-    )
+    stream = feed.stream(phases, start)
     if distributed.rank() == 0:
         # Only now, when all that can be refused has been, does the run exist.
         save_description(run, normalization)
@@ -107,18 +95,13 @@ def _train(config: Config, device: torch.device, stop: list[int]) -> int:
     log = _Log(config, start)
     if distributed.rank() == 0:
         stream = progress(stream, total=steps, start=start, desc="train", unit="steps", status=log.status)
-    for step, batch in enumerate(stream, start):
+    for step, (phase, batch) in enumerate(stream, start):
         moment = at(step, config)
         set_moment(optimizer, moment)
-        images, positions, slides = (batch[k].to(device, non_blocking=True) for k in ("images", "position", "slide"))
-        if normalizer:
-            images, raw = normalizer(images, slides)
-            log.note_raw(batch["tile"], raw)
-        crops = multi_crop(images, positions, config, augmenter.of(images, slides) if augmenter else None)
-        masks = _masks(batch, config).to(device)
+        crops, masks, positions, slides, raw = feed.views(phase, batch, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            terms = model.losses(student, list(crops), masks, positions, moment.teacher_temperature)
-        loss = sum(getattr(config.objective, name) * terms[name] for name in ("dino", "ibot", "koleo"))
+            terms = model.losses(student, crops, masks, positions, moment.teacher_temperature)
+        loss = sum(getattr(config.objective, name) * terms[name] for name in TERMS)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(parameters, config.optim.clip)
         # The check is on the whole gradient and before the optimizer, so that a bad step leaves no trace.
@@ -129,7 +112,8 @@ def _train(config: Config, device: torch.device, stop: list[int]) -> int:
             log.skipped += 1
         optimizer.zero_grad()
 
-        log.note_bad(batch, len(shards))
+        log.note_bad(batch, phase.shards)
+        log.note_raw(batch, phase.shards, raw)
         done = step + 1
         if done % config.run.log_every == 0 or done in (1, steps):
             log.write(done, terms | {"loss": loss.detach(), "grad_norm": norm}, slides, moment)
@@ -143,28 +127,17 @@ def _train(config: Config, device: torch.device, stop: list[int]) -> int:
     return DONE
 
 
-def _masks(batch: Batch, config: Config) -> torch.Tensor:
-    grid = config.crops.global_size // patch_size(config.model)
-    objective = config.objective
-    return block_masks(
-        batch["position"],
-        2,
-        grid,
-        seed=config.run.seed,
-        probability=objective.mask_probability if objective.ibot else 0.0,
-        ratio=objective.mask_ratio,
-    )
-
-
 class _Log:
     """``metrics.jsonl``, TensorBoard, warnings in words, and the list of bad tiles. Rank 0 writes."""
 
     def __init__(self, config: Config, start: int) -> None:
         self.config, self.run = config, Path(config.run.dir)
         self.skipped, self.last = 0, ""
-        self.bad: dict[int, str] = {}
-        self.raw: list[tuple[torch.Tensor, torch.Tensor]] = []  # since the last record: tiles, and why they are raw
-        self.raw_listed: set[int] = set()
+        self.bad: dict[tuple[str, int], str] = {}  # why, by shard set and tile
+        self.raw: list[
+            tuple[str, torch.Tensor, torch.Tensor]
+        ] = []  # since the last record: tiles, and why they are raw
+        self.raw_listed: set[tuple[str, int]] = set()
         self.said: set[str] = set()
         self.clock, self.clock_step = time.monotonic(), start
         self.path = self.run / "metrics.jsonl"
@@ -222,53 +195,50 @@ class _Log:
                 self.said.add(sentence)
                 print(f"step {done}: {sentence}", file=sys.stderr)
 
-    def note_raw(self, tiles: torch.Tensor, reason: torch.Tensor) -> None:
+    def note_raw(self, batch: Batch, shards: ShardSet, reason: torch.Tensor | None) -> None:
         """Keep which tiles stay without stain normalization, and why; they are counted when a record is written."""
-        self.raw.append((tiles, reason))
+        if reason is not None:
+            self.raw.append((str(shards.folder), batch["tile"], reason))
 
     def _list_raw(self) -> torch.Tensor:
         """Count the tiles kept by :meth:`note_raw`, [2]: raw ones and all; list each raw one once.
 
         Tiles of a slide without a fit are not listed one by one: the slides table has the slide and its reason.
         """
-        if not self.raw:
-            return torch.zeros(2)
-        tiles, reason = (torch.cat(column).cpu() for column in zip(*self.raw))
+        counts, lines = torch.zeros(2), []
+        for folder, tiles, on_device in self.raw:
+            reason = on_device.cpu()
+            counts += torch.tensor([float((reason > 0).sum()), float(len(reason))])
+            for place in ((reason > 0) & (reason < NO_FIT)).nonzero().flatten().tolist():
+                key = (folder, int(tiles[place]))
+                if key not in self.raw_listed and len(self.raw_listed) < RAW_LISTED:
+                    self.raw_listed.add(key)
+                    lines.append(_tile_line(key, REASONS[reason[place]]))
         self.raw.clear()
-        lines = []
-        for place in ((reason > 0) & (reason < NO_FIT)).nonzero().flatten().tolist():
-            tile = int(tiles[place])
-            if tile not in self.raw_listed and len(self.raw_listed) < RAW_LISTED:
-                self.raw_listed.add(tile)
-                lines.append(json.dumps({"tile": tile, "reason": REASONS[reason[place]]}) + "\n")
         if lines:
             with (self.run / "stain_raw.jsonl").open("a", encoding="utf-8") as file:
                 file.writelines(lines)
-        return torch.tensor([float((reason > 0).sum()), float(len(reason))])
+        return counts
 
-    def note_bad(self, batch: Batch, tiles: int) -> None:
+    def note_bad(self, batch: Batch, shards: ShardSet) -> None:
         """List tiles that could not be used, and stop the run when they are too many."""
-        fresh = {t: r for t, r in batch["bad"] if t not in self.bad}
+        folder = str(shards.folder)
+        fresh = {(folder, t): r for t, r in batch["bad"] if (folder, t) not in self.bad}
         if not fresh:
             return
         self.bad |= fresh
         with (self.run / "bad_tiles.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"tile": t, "reason": r}) + "\n" for t, r in fresh.items())
-        if len(self.bad) > max(BAD_ALWAYS_ALLOWED, BAD_BOUND * tiles):
+            file.writelines(_tile_line(key, reason) for key, reason in fresh.items())
+        bad = sum(key[0] == folder for key in self.bad)
+        if bad > max(BAD_ALWAYS_ALLOWED, BAD_BOUND * len(shards)):
             raise UserError(
-                f"{len(self.bad)} of {tiles} tiles of {self.config.data.shards} cannot be used, the last one "
+                f"{bad} of {len(shards)} tiles of {folder} cannot be used, the last one "
                 f"'{list(fresh.values())[-1]}'; see {self.run / 'bad_tiles.jsonl'} and run 'eosin verify'"
             )
 
 
-def _stain_notes(normalizer: Normalizer | None, augmenter: Augmenter | None) -> Iterator[str]:
-    """What stain operations do not reach, in words."""
-    if augmenter is not None and not augmenter.he.all():
-        off = int((~augmenter.he).sum())
-        yield f"stain: {off} of {len(augmenter.he)} slides are not H&E; stain augmentation is off for them"
-    if normalizer is not None:
-        for reason, count in normalizer.raw_slides().items():
-            yield f"stain: the tiles of {count} of {len(normalizer.reason)} slides stay raw: {reason}"
+def _tile_line(key: tuple[str, int], reason: str) -> str:
+    return json.dumps({"shards": key[0], "tile": key[1], "reason": reason}) + "\n"
 
 
 def _refuse_other_run(config: Config) -> None:

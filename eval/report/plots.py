@@ -77,7 +77,7 @@ def curves(records: list[dict[str, Any]], prototypes: int) -> bytes:
     top = math.log(prototypes)
     panels: list[tuple[str, list[tuple[str, str, str]], dict[str, float]]] = [
         ("Loss", [("dino", "DINO", PURPLE), ("ibot", "iBOT", ORANGE)], {f"ln K = {top:.2f}": top}),
-        ("KoLeo (spread of class tokens)", [("koleo", "", PURPLE)], {}),
+        ("Spread of class tokens", [("koleo", "KoLeo", PURPLE), ("kde", "KDE", ORANGE)], {}),
         ("Effective rank of class tokens", [("effective_rank", "", PURPLE)], {}),
         (
             "Entropy of the teacher",

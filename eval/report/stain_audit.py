@@ -29,8 +29,8 @@ from eosin.eval.report.page import Block, Gallery, Listing, Picture, Section, Ta
 from eosin.eval.report.stain_truth import known_truth
 from eosin.eval.task import text
 from eosin.ssl.stain import lab
-from eosin.ssl.stain.fits import sample_tiles
-from eosin.ssl.stain.normalizer import REASONS, Normalizer, make_normalizer, slide_fits
+from eosin.ssl.stain.fits import sample_tiles, slide_fits
+from eosin.ssl.stain.normalizer import REASONS, Normalizer, make_normalizer
 from eosin.ssl.stain.reference import BUILT_IN, Reference
 
 SEED = 0

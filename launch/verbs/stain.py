@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     normalize.add_argument("--mode", choices=("slide", "tile"), help="default: slide for shard sets, tile for images")
 
     for made in (audit, normalize):
-        made.add_argument("--to", default="eosin", metavar="REFERENCE", help="what is normalized to")
+        made.add_argument("--to", metavar="REFERENCE", help="what is normalized to (default: that of --convention)")
         made.add_argument("--method", choices=METHODS, default="macenko", help="how")
     for made in (fit, audit, reference, normalize):
         made.add_argument("--convention", choices=CONVENTIONS, default="eosin", help="whose constants Macenko's has")
@@ -107,6 +107,8 @@ def _normalize(args: argparse.Namespace) -> int:
 
     if not args.source.is_dir():
         raise UserError(f"{args.source} is no folder; give a folder of images or a shard set")
+    if args.source.resolve() in args.out.resolve().parents:
+        raise UserError(f"--out {args.out} lies inside {args.source}; give a folder beside it")
     if (args.source / "dataset.json").is_file():
         done = normalize_shards(ShardSet(args.source), args.out, _description(args, args.mode or "slide"))
     elif args.mode == "slide":
@@ -124,9 +126,14 @@ def _normalize(args: argparse.Namespace) -> int:
 
 
 def _description(args: argparse.Namespace, mode: Literal["slide", "tile"]) -> dict[str, Any]:
+    from eosin.data_tools.errors import UserError
     from eosin.ssl.config import Stain
     from eosin.ssl.stain.normalizer import describe
+    from eosin.ssl.stain.reference import BUILT_IN
 
+    if not args.to and args.convention not in BUILT_IN:
+        raise UserError(f"--to: the convention {args.convention} has no reference of its own; give an image or a JSON")
+    args.to = args.to or args.convention
     stain = Stain(normalize=mode, method=args.method, convention=args.convention, reference=args.to)
     found = describe(stain)
     assert found is not None

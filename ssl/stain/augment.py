@@ -17,8 +17,8 @@ from eosin.data_tools.errors import UserError
 from eosin.data_tools.shards import ShardSet
 from eosin.ssl.stain import lab
 from eosin.ssl.stain.density import mix_and_shift, unmixing
-from eosin.ssl.stain.fits import is_he
-from eosin.ssl.stain.normalizer import Normalizer, slide_fits, stacked
+from eosin.ssl.stain.fits import is_he, slide_fits
+from eosin.ssl.stain.normalizer import Normalizer, stacked
 
 if TYPE_CHECKING:
     from eosin.ssl.config import Stain

@@ -28,6 +28,7 @@ from eosin.ssl.stain.fits import COLUMNS
 from eosin.ssl.stain.normalizer import REASONS, Normalizer, make_normalizer
 
 BATCH = 32
+ENDINGS = (*IMAGE_SUFFIXES, ".tif", ".tiff")
 QUALITY, SUBSAMPLING = 95, "444"  # of JPEGs written again
 LISTED = "stain_raw.csv"  # in the result: what stayed raw or was left out, and why
 
@@ -51,9 +52,9 @@ def normalize_folder(folder: Path, out: Path, description: dict[str, Any]) -> Co
 
     Raises UserError when the folder holds no image, two images would get one name, or ``out`` holds something.
     """
-    files = find_files(folder, IMAGE_SUFFIXES)
+    files = find_files(folder, ENDINGS)
     if not files:
-        raise UserError(f"{folder} holds no image and is no shard set; known endings: {' '.join(IMAGE_SUFFIXES)}")
+        raise UserError(f"{folder} holds no image and is no shard set; known endings: {' '.join(ENDINGS)}")
     names = [file.relative_to(folder).with_suffix(".png") for file in files]
     if twice := [name for name, n in Counter(names).items() if n > 1]:
         raise UserError(f"two images of {folder} would both be written as {twice[0]}; rename one")

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from eosin.data_tools.draws import purpose, uniform
+from eosin.data_tools.errors import UserError
 from eosin.data_tools.progress import progress
 from eosin.data_tools.shards import ShardSet, write_slides
 from eosin.data_tools.stream import decode
@@ -23,10 +24,8 @@ if TYPE_CHECKING:
 HE = ("H&E", "HE", "H & E")
 SAMPLE = purpose("stain fit sample")
 COLUMNS = ("stain_fit", "stain_reason", "stain_tiles", "stain_pixels", "stain_angle", "stain_residual")
-# Empty glass: bright, nearly gray, and enough of it. The staining protocol takes each channel's maximum for the white
-# point; a quantile of glass does not follow the bright rims that sharpening draws.
-GLASS_LEVEL, GLASS_CHROMA, GLASS_SHARE, GLASS_QUANTILE = 200, 30, 0.002, 0.9
-GLASS_PIXELS = 1 << 12  # of a tile that are looked at
+GLASS_PIXELS = 1 << 13  # of a tile that are looked at
+ENOUGH_TILES, BRIGHTEST, LEAST_WHITE = 8, 0.99, 160
 
 
 @dataclass
@@ -94,6 +93,33 @@ def fit_slides(
     return table
 
 
+def slide_fits(shards: ShardSet, convention: str) -> list[dict[str, Any] | None]:
+    """The slides' fits, None where there is none.
+
+    Raises UserError when no fit was tried, one is broken, or they follow another convention.
+    """
+    from eosin.ssl.stain.reference import stain_error
+
+    table = shards.slides()
+    again = f"run 'eosin stain fit {shards.folder}{'' if convention == 'eosin' else f' --convention {convention}'}'"
+    if "stain_fit" not in table:
+        raise UserError(f"{shards.folder} has no stain fits; {again}, or set stain.normalize to tile or off")
+    fits: list[dict[str, Any] | None] = []
+    for slide, text in zip(table["slide"], table["stain_fit"].fillna("")):
+        try:
+            fit = json.loads(text) if text else None
+            wrong = stain_error(fit) if fit is not None else ""
+        except (TypeError, ValueError, AttributeError, RecursionError):
+            wrong = "it is no JSON of a fit"
+        if wrong:
+            raise UserError(f"slide '{slide}' of {shards.folder} has a broken stain fit ({wrong}); {again}")
+        fits.append(fit)
+    other = {fit["convention"] for fit in fits if fit} - {convention}
+    if other:
+        raise UserError(f"the stain fits of {shards.folder} follow {min(other)}, not {convention}; {again}")
+    return fits
+
+
 def sample_tiles(shards: ShardSet, tiles: np.ndarray, count: int, seed: int, key: int = 0) -> list[np.ndarray]:
     """Decode up to ``count`` of the numbered tiles, drawn by (seed, key), each [T, T, 3]; broken ones are left out."""
     chosen = tiles[np.argsort(uniform(np.arange(len(tiles)), key, seed, SAMPLE), kind="stable")[:count]]
@@ -112,7 +138,7 @@ def fit_tiles(images: Sequence[np.ndarray], convention: str) -> SlideFit | str:
     tensors = [torch.tensor(i).permute(2, 0, 1).unsqueeze(0) for i in images]
     # Only our own convention has the white point of a slide; its peers have one for all.
     white = white_point(tensors) if rules.white == WHITE else torch.full((3,), rules.white)
-    fits = [macenko.fit(t, rules, white if rules.white == WHITE else None) for t in tensors]
+    fits = [macenko.fit(t, rules, white[None] if rules.white == WHITE else None) for t in tensors]
     colors = [lab.statistics(t) for t in tensors]
     good = [i for i, (f, c) in enumerate(zip(fits, colors)) if f.good and c.good]
     if not good:
@@ -134,15 +160,16 @@ def fit_tiles(images: Sequence[np.ndarray], convention: str) -> SlideFit | str:
 
 
 def white_point(images: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Level + 1 of empty glass in tiles of a slide, each uint8 [1, 3, H, W]: [3]; 256 where there is too little."""
-    flat = [i.flatten(2)[0] for i in images]
-    levels = torch.cat([f[:, :: max(1, f.shape[1] // GLASS_PIXELS)] for f in flat], dim=1)  # [3, P]
-    low, high = levels.amin(dim=0), levels.amax(dim=0)
-    glass = levels[:, (low >= GLASS_LEVEL) & (high - low <= GLASS_CHROMA)].float()
-    if glass.shape[1] < max(64, GLASS_SHARE * levels.shape[1]):
-        return torch.full((3,), WHITE)
-    place = int(GLASS_QUANTILE * (glass.shape[1] - 1))
-    return glass.sort(dim=1).values[:, place] + 1
+    """Level + 1 of empty glass in tiles of a slide, each uint8 [1, 3, H, W]: [3].
+
+    Where no glass is gray, as under a wrong white balance, the brightest of enough tiles counts; of few tiles, 256.
+    """
+    levels = torch.cat([macenko.thinned(i, GLASS_PIXELS) for i in images], dim=2)
+    found = macenko.white_point(levels)[0]
+    if len(images) < ENOUGH_TILES or (found < WHITE).any():
+        return found
+    brightest = levels[0].float().quantile(BRIGHTEST, dim=1)
+    return brightest + 1 if brightest.min() >= LEAST_WHITE else found
 
 
 def _row(fit: SlideFit | str, convention: str = "") -> tuple[Any, ...]:

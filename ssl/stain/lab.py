@@ -58,7 +58,7 @@ def to_rgb(colors: torch.Tensor) -> torch.Tensor:
 
 def statistics(images: torch.Tensor) -> Statistics:
     """Statistics over the tissue pixels of ``images``, [B, 3, H, W], uint8, or float in [0, 1]."""
-    step = max(1, images[0, 0].numel() // PIXELS)
+    step = max(1, images.shape[2] * images.shape[3] // PIXELS)
     rgb = images.flatten(2)[:, :, ::step]
     rgb = rgb.float() / 255 if images.dtype == torch.uint8 else rgb
     colors = from_rgb(rgb.nan_to_num(1.0))
@@ -66,8 +66,9 @@ def statistics(images: torch.Tensor) -> Statistics:
     count = tissue.sum(dim=2)  # [B, 1]
     mean = (colors * tissue).sum(dim=2) / count.clamp(min=1)
     square = ((colors - mean.unsqueeze(2)).square() * tissue).sum(dim=2)
+    std = (square / (count - 1).clamp(min=1)).sqrt()
     good = (count.squeeze(1) >= max(16, MIN_TISSUE * tissue.shape[2])) & torch.isfinite(rgb).flatten(1).all(1)
-    return Statistics(mean, (square / (count - 1).clamp(min=1)).sqrt(), good)
+    return Statistics(mean, std, good & (std[:, 0] > 2 * MIN_DEVIATION))
 
 
 def transfer(
@@ -108,7 +109,7 @@ def transfer(
         light = (back.expand(len(part), 3, 3) @ (roots * roots).mul_(roots).sub_(value)).add_(light).clamp_(0, 1)
         if eight_bits:
             return shades.index_select(0, light.sqrt_().mul_(SHADES).int().view(-1)).view(part.shape)
-        return _to_srgb(light)
+        return _to_srgb(light).clamp_(0, 1)
 
     return by_pixels(pixels, images, on, change, constant)
 

@@ -21,6 +21,8 @@ MIN_TISSUE = 0.02  # least fraction of tissue pixels for a fit
 MIN_ANGLE = 8.0  # degrees between the two stain vectors, below which they are one stain
 MOST = 5.0  # a stain's maximum concentration; 8 bits hold densities up to 5.5
 MAXIMUM = 0.99  # quantile of a stain's concentrations that counts as its maximum (Macenko, sec. 2)
+NEGATIVE, MOST_NEGATIVE = 0.2, 0.014  # of a maximum, below which an amount is negative; the share of such pixels
+GLASS_LEVEL, GLASS_CHROMA, GLASS_SHARE, GLASS_QUANTILE = 200, 30, 0.002, 0.9
 LUMINOSITY = 0.8  # tiatoolbox: L of a tissue pixel, of 1, after its contrast is stretched
 STRETCH = 0.02  # tiatoolbox: share of all levels at each end that its stretch of the contrast cuts off
 
@@ -90,24 +92,50 @@ def fit(images: torch.Tensor, convention: Convention = CONVENTIONS["eosin"], whi
 
     Args:
         convention: the constants.
-        white: [3], level + 1 of the white point, in place of the convention's.
+        white: [B, 3] or [1, 3], level + 1 of the white point, in place of the convention's.
     """
-    if images.device.type != "cpu" or len(images) == 1:
+    white = None if white is None else white.expand(len(images), 3)
+    if images.device.type != "cpu" or len(images) < 2:
         return _fit(images, convention, white)
-    parts = [_fit(images[i : i + 1], convention, white) for i in range(len(images))]
+    whites = [None] * len(images) if white is None else white.split(1)
+    parts = [_fit(image, convention, w) for image, w in zip(images.split(1), whites)]
     return Fit(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Fit)))
 
 
+def white_point(levels: torch.Tensor) -> torch.Tensor:
+    """Level + 1 of empty glass in pixels [B, 3, P], 0 to 255: [B, 3]; 256 where there is too little.
+
+    Glass is bright and nearly gray. The staining protocol (arXiv 2603.12886) takes each channel's maximum for the white
+    point; a quantile of glass does not follow the bright rims that sharpening draws.
+    """
+    low, high = levels.amin(dim=1), levels.amax(dim=1)
+    glass = (low >= GLASS_LEVEL) & (high - low <= GLASS_CHROMA)  # [B, P]
+    enough = glass.sum(dim=1) >= max(64, GLASS_SHARE * levels.shape[2])
+    rules = CONVENTIONS["eosin"]
+    found = [_quantiles(c.float(), glass, [1 - GLASS_QUANTILE], rules, upper=True)[0] for c in levels.unbind(1)]
+    return torch.where(enough.unsqueeze(1), torch.stack(found, dim=1) + 1, WHITE)
+
+
+def thinned(images: torch.Tensor, pixels: int) -> torch.Tensor:
+    """About ``pixels`` pixels of each image [B, 3, H, W], on a regular grid: [B, 3, P]; all for 0.
+
+    Of twice as many or more, each is the mean of 2 × 2, so that the ends of the angles are those of stains, and
+    not of a lens's colored edges or a JPEG's noise.
+    """
+    if pixels and images.shape[2] * images.shape[3] >= 2 * pixels and min(images.shape[2:]) > 1:
+        images = torch.nn.functional.avg_pool2d(images.float(), 2)
+    flat = images.flatten(2)
+    return flat[:, :, :: max(1, flat.shape[2] // pixels)] if pixels else flat
+
+
 def _fit(images: torch.Tensor, convention: Convention, white: torch.Tensor | None) -> Fit:
-    levels = images.flatten(2)
-    if convention.pixels:
-        levels = levels[:, :, :: max(1, levels.shape[2] // convention.pixels)]
+    levels = thinned(images, convention.pixels)
     finite = torch.ones(len(images), dtype=torch.bool, device=images.device)
     if images.dtype == torch.uint8:
-        levels = levels.float()
+        levels = levels.float()  # from 0 to 255, averaged or not
     else:
         finite = torch.isfinite(levels).flatten(1).all(dim=1)
-        levels = (levels * 255).nan_to_num(255.0, 255.0, 255.0)
+        levels = (levels * 255).nan_to_num(255.0, 255.0, 255.0).clamp(0, 255)
     density = _density(levels, convention, white)  # [B, 3, P]
     tissue = _tissue(levels, density, convention)  # [B, P]
     count = tissue.sum(dim=1)
@@ -124,7 +152,10 @@ def _fit(images: torch.Tensor, convention: Convention, white: torch.Tensor | Non
     # other stains do not.
     foreign = (vectors < -0.05).flatten(1).any(1) | (vectors[..., 1] < vectors[..., 2] - 0.2).any(1)
     red, green, blue = vectors[:, 0].unbind(1)
-    foreign |= (red < blue) | (red > green + 0.25)
+    foreign |= (red < blue) | (red > green + 0.25) | (vectors[:, 1, 2] > vectors[:, 1, 1] - 0.15)
+    # Both stains are there in no negative amount, but for noise.
+    negative = (concentrations < -NEGATIVE * maxima.unsqueeze(2)).any(dim=1) & tissue
+    foreign |= negative.sum(dim=1) > MOST_NEGATIVE * count
     wrong = [
         count < max(64, MIN_TISSUE * tissue.shape[1]),
         torch.rad2deg(torch.acos(cosine)) < MIN_ANGLE,
@@ -151,7 +182,8 @@ def normalize(
         vectors, maxima: the reference, [2, 3] and [2].
         convention: that of the fits.
     """
-    return render(images, transform(fits.vectors, fits.maxima, vectors, maxima), fits.good, convention)
+    matrices = transform(fits.vectors, fits.maxima, vectors, maxima, keep_rest=convention.white == WHITE)
+    return render(images, matrices, fits.good, convention)
 
 
 def render(images: torch.Tensor, matrices: torch.Tensor, good: torch.Tensor, convention: Convention) -> torch.Tensor:
@@ -169,16 +201,27 @@ def render(images: torch.Tensor, matrices: torch.Tensor, good: torch.Tensor, con
 
 
 def transform(
-    vectors: torch.Tensor, maxima: torch.Tensor, to_vectors: torch.Tensor, to_maxima: torch.Tensor
+    vectors: torch.Tensor,
+    maxima: torch.Tensor,
+    to_vectors: torch.Tensor,
+    to_maxima: torch.Tensor,
+    *,
+    keep_rest: bool = True,
 ) -> torch.Tensor:
     """The 3×3 matrices, [B, 3, 3], that take densities (as rows) from one stain to another.
+
+    What lies outside the two stains (pen, pigment, a third stain) stays as it is, or with ``keep_rest`` false is lost,
+    as the published implementations do, which turns it purple.
 
     Args:
         vectors, maxima: the source fits, [B, 2, 3] and [B, 2].
         to_vectors, to_maxima: the reference, [2, 3] and [2].
     """
     scale = to_maxima / maxima.clamp(min=1e-3)  # [B, 2]
-    return unmixing(vectors) @ (scale.unsqueeze(2) * to_vectors)
+    target = scale.unsqueeze(2) * to_vectors
+    if keep_rest:
+        return torch.eye(3, device=vectors.device) + unmixing(vectors) @ (target - vectors)
+    return unmixing(vectors) @ target
 
 
 def pooled(fits: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -193,7 +236,7 @@ def _density(levels: torch.Tensor, convention: Convention, white: torch.Tensor |
         return -torch.log(levels.clamp(min=1) / convention.white).clamp(max=-1e-6)
     if white is None:
         return optical_density(levels, convention.white)
-    return optical_density(levels, white.view(3, 1))
+    return optical_density(levels, white.unsqueeze(2))
 
 
 def _tissue(levels: torch.Tensor, density: torch.Tensor, convention: Convention) -> torch.Tensor:

@@ -5,7 +5,6 @@ Tiles that cannot be fitted come back as they are, with the reason; nothing is d
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from eosin.data_tools.files import read_json, write_json
 from eosin.data_tools.shards import ShardSet
 from eosin.ssl.stain import lab, macenko
 from eosin.ssl.stain.density import WHITE, mix
-from eosin.ssl.stain.fits import is_he
+from eosin.ssl.stain.fits import is_he, slide_fits
 from eosin.ssl.stain.reference import Reference, find_reference
 
 if TYPE_CHECKING:
@@ -89,15 +88,18 @@ class Normalizer:
         convention = macenko.CONVENTIONS[self.reference.convention]
         white = None
         if of_slides is None:
-            fits = macenko.fit(images, convention)
+            if convention.white == WHITE:
+                white = macenko.white_point(macenko.thinned(images, convention.pixels))
+            fits = macenko.fit(images, convention, white)
             vectors, maxima = fits.vectors, fits.maxima
             reason = torch.where(reason > 0, reason, fits.reason)
         else:
             vectors, maxima, white, *_ = of_slides
         to_vectors, to_maxima, *_ = self.reference.tensors(images.device)
         good = reason == 0
-        matrices = macenko.transform(vectors, maxima, to_vectors, to_maxima)
-        if convention.white != WHITE:
+        ours = convention.white == WHITE
+        matrices = macenko.transform(vectors, maxima, to_vectors, to_maxima, keep_rest=ours)
+        if not ours:
             return Normalized(macenko.render(images, matrices, good, convention), reason)
         return Normalized(mix(images, matrices, white, good), reason)
 
@@ -105,6 +107,9 @@ class Normalizer:
         if of_slides is None:
             found = lab.statistics(images)
             reason = torch.where((reason == 0) & ~found.good, 1, reason)
+            # Colors alone do not tell pen from tissue; stains do.
+            white = macenko.white_point(macenko.thinned(images, macenko.CONVENTIONS["eosin"].pixels))
+            reason = torch.where(reason > 0, reason, macenko.fit(images, white=white).reason)
         else:
             found = lab.Statistics(of_slides.lab_mean, of_slides.lab_std, reason == 0)
         *_, mean, std = self.reference.tensors(images.device)
@@ -177,19 +182,6 @@ def make_normalizer(description: dict[str, Any] | None, shards: ShardSet | None)
     missing = torch.tensor([f is None for f in fits], dtype=torch.bool)
     reason = torch.where(he & missing, NO_FIT, reason).to(torch.uint8)
     return Normalizer(method, mode, reference, reason, stacked(fits))
-
-
-def slide_fits(shards: ShardSet, convention: str) -> list[dict[str, Any] | None]:
-    """The slides' fits, None where there is none. Raises UserError when no fit was tried, or by another convention."""
-    table = shards.slides()
-    again = f"run 'eosin stain fit {shards.folder}{'' if convention == 'eosin' else f' --convention {convention}'}'"
-    if "stain_fit" not in table:
-        raise UserError(f"{shards.folder} has no stain fits; {again}, or set stain.normalize to tile or off")
-    fits = [json.loads(text) if text else None for text in table["stain_fit"]]
-    other = {f.get("convention", "an older one") for f in fits if f} - {convention}
-    if other:
-        raise UserError(f"the stain fits of {shards.folder} follow {min(other)}, not {convention}; {again}")
-    return fits
 
 
 def stacked(fits: Sequence[dict[str, Any] | None]) -> SlideFits:

@@ -5,7 +5,6 @@ A reference is named or made from an image, a slide, a shard set, or several of 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from eosin.data_tools.files import read_json, write_json
 from eosin.ssl.stain import macenko
 
 SCHEMA = 1
+LONGEST_NAME = 300
 KINDS = "an image, a slide, a folder with a shard set, a JSON of 'eosin stain reference', or a name"
 SLIDE_TILES = 32  # of a slide that is made a reference
 SLIDE_TILE = 256
@@ -41,7 +41,7 @@ class Reference(BaseModel):
         lab_mean, lab_std: [3], of L, a and b over tissue pixels.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     schema_version: int = SCHEMA
     name: str
@@ -59,22 +59,41 @@ class Reference(BaseModel):
 
     def check(self, where: str) -> Reference:
         """Return itself; raise UserError where the numbers are no stains."""
-        shapes = [np.shape(v) for v in (self.vectors, self.maxima, self.lab_mean, self.lab_std)]
-        flat = [*np.ravel(self.vectors), *self.maxima, *self.lab_mean, *self.lab_std]
-        wrong = ""
+        wrong = stain_error(self.model_dump())
         if self.schema_version != SCHEMA:
             wrong = f"schema {self.schema_version} is not {SCHEMA}, the one this version of Eosin reads"
-        elif self.convention not in macenko.CONVENTIONS:
-            wrong = f"there is no convention '{self.convention}'; {nearest(self.convention, [*macenko.CONVENTIONS])}"
-        elif shapes != [(2, 3), (2,), (3,), (3,)] or not all(math.isfinite(v) for v in flat):
-            wrong = "vectors must be 2 × 3, maxima 2, lab_mean and lab_std 3 finite numbers"
-        elif not np.allclose(np.linalg.norm(self.vectors, axis=1), 1, atol=1e-2):
-            wrong = "stain vectors must have length 1"
-        elif min(self.maxima) <= 0 or min(self.lab_std) <= 0:
-            wrong = "maxima and lab_std must be above 0"
+        elif not self.name.isprintable() or len(self.name) > LONGEST_NAME:
+            wrong = f"its name is longer than {LONGEST_NAME} characters or not printable"
         if wrong:
             raise UserError(f"{where} is no reference: {wrong}; make one with 'eosin stain reference'")
         return self
+
+
+def stain_error(found: dict[str, Any]) -> str:
+    """What is wrong with the numbers of a fit or reference, "" where they are H&E.
+
+    Args:
+        found: convention, vectors, maxima, lab_mean, lab_std, and of a slide's fit white, as read from JSON.
+    """
+    shapes = {"vectors": (2, 3), "maxima": (2,), "lab_mean": (3,), "lab_std": (3,), "white": (3,)}
+    try:
+        arrays = {key: np.array(found[key], dtype=np.float64) for key in shapes if key != "white" or "white" in found}
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        return f"it has no {error}" if isinstance(error, KeyError) else "some of its values are no lists of numbers"
+    if found.get("convention") not in macenko.CONVENTIONS:
+        return f"there is no convention '{found.get('convention')}'; valid: {', '.join(macenko.CONVENTIONS)}"
+    if any(a.shape != shapes[key] or not np.isfinite(a).all() for key, a in arrays.items()):
+        return "vectors must be 2 × 3, maxima 2, lab_mean, lab_std and white 3 finite numbers"
+    vectors, white = arrays["vectors"], arrays.get("white", np.full(3, 256.0))
+    if not np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-2) or vectors.min() < -0.1:
+        return "stain vectors must have length 1 and no negative parts"
+    if vectors[0] @ vectors[1] > np.cos(np.radians(macenko.MIN_ANGLE)) or vectors[0, 0] <= vectors[1, 0]:
+        return f"hematoxylin must absorb more red than eosin, and lie {macenko.MIN_ANGLE:g}° from it"
+    if not (arrays["maxima"].min() >= 0.01 and arrays["maxima"].max() <= 2 * macenko.MOST):
+        return f"maxima must be from 0.01 to {2 * macenko.MOST:g}"
+    if np.abs(arrays["lab_mean"]).max() > 130 or not (arrays["lab_std"].min() > 0 and arrays["lab_std"].max() < 100):
+        return "lab_mean must be within ±130, and lab_std above 0 and below 100"
+    return "" if white.min() >= 100 and white.max() <= 256 else "white must be from 100 to 256"
 
 
 def _built_in(name: str, vectors: list[list[float]], maxima: list[float], mean: list[float], std: list[float]) -> Any:
@@ -127,7 +146,7 @@ def find_reference(given: str, convention: str) -> Reference:
         UserError: there is none, it cannot be fitted, or it follows another convention.
     """
     path = Path(given)
-    if path.suffix == ".json":
+    if path.suffix.lower() == ".json":
         found = load_reference(path)
     elif path.exists():
         return make_reference([given], convention)
@@ -148,7 +167,7 @@ def make_reference(sources: Sequence[str], convention: str, name: str = "") -> R
 
     Raises UserError when a source is missing, or has no stain that can be fitted.
     """
-    made = [_from_source(Path(source), convention) for source in sources]
+    made = [_from_source(source, convention) for source in sources]
     vectors, maxima = macenko.pooled([m[0] for m in made])
     mean, std = (torch.stack([m[1][i] for m in made]).quantile(0.5, dim=0) for i in (0, 1))
     title = name or ", ".join(Path(source).name for source in sources)
@@ -167,18 +186,23 @@ def make_reference(sources: Sequence[str], convention: str, name: str = "") -> R
 Made = tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-def _from_source(path: Path, convention: str) -> Made:
+def _from_source(source: str, convention: str) -> Made:
     from eosin.data_tools.shards import ShardSet
-    from eosin.ssl.stain.fits import fit_tiles, sample_tiles
+    from eosin.ssl.stain.fits import fit_tiles, sample_tiles, slide_fits
 
+    path = Path(source)
+    if source in BUILT_IN or path.suffix.lower() == ".json":
+        vectors, maxima, mean, std = find_reference(source, convention).tensors()
+        return (vectors, maxima), (mean, std)
     if not path.exists():
         raise UserError(f"{path} does not exist; give {KINDS}")
+    if path.is_dir() and not (path / "dataset.json").is_file():
+        raise UserError(f"{path} is a folder without a shard set; give {KINDS}")
     if path.is_dir():
         shards = ShardSet(path)
-        table = shards.slides()
-        if "stain_fit" in table:
-            fits = [json.loads(text) for text in table["stain_fit"] if text]
-            if fits and fits[0]["convention"] == convention:
+        if "stain_fit" in shards.slides():
+            fits = [fit for fit in slide_fits(shards, convention) if fit]
+            if fits:
                 return _median_of_slides(fits)
         tiles = sample_tiles(shards, np.arange(len(shards)), 4 * SLIDE_TILES, seed=0)
     else:

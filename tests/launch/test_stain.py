@@ -53,7 +53,9 @@ def test_images_are_normalized(tmp_path, shards, capsys):
         (["normalize", "nowhere", "--out", "{out}"], "nowhere is no folder"),
         (["normalize", "{shards}", "--to", "nope", "--out", "{out}"], "no stain reference 'nope'"),
         (["normalize", "{images}", "--mode", "slide", "--out", "{out}"], "knows no slides"),
-        (["normalize", "{shards}", "--convention", "tiatoolbox", "--out", "{out}"], "follows the convention 'eosin'"),
+        (["normalize", "{shards}", "--convention", "tiatoolbox", "--out", "{out}"], "no reference of its own"),
+        (["normalize", "{shards}", "--out", "{shards}/inside"], "lies inside"),
+        (["reference", "{images}", "--out", "{out}.json"], "a folder without a shard set"),
         (["audit", "nowhere", "--out", "{out}.html"], "nowhere does not exist"),
     ],
 )
@@ -108,7 +110,7 @@ def test_a_run_lists_the_tiles_that_cannot_be_fitted(tiny_recipe, tmp_path, caps
     ]
     assert main(["train", *arguments]) == 0
     listed = [json.loads(line) for line in (run / "stain_raw.jsonl").read_text().splitlines()]
-    assert listed == [{"tile": 0, "reason": "too little tissue"}]
+    assert listed == [{"shards": str(shards), "tile": 0, "reason": "too little tissue"}]
 
 
 def test_a_run_keeps_its_reference_when_the_file_is_gone(shards, tiny_recipe, tmp_path, capsys):

@@ -13,6 +13,7 @@ from eosin.ssl.augment import crop_boxes, multi_crop, resize_weights
 from eosin.ssl.config import Augment, load_config
 from eosin.ssl.stain.augment import Augmenter
 
+ASPECT = [3 / 4, 4 / 3]
 GIVEN = ["data.shards=s", "run.dir=r", "crops.global_size=64", "crops.local_size=32"]
 
 
@@ -28,7 +29,7 @@ def stain_operations(tiles, config):
     if not config.stain.augment:
         return None
     one, rows = torch.ones(1, dtype=torch.bool), torch.ones(1, 3)
-    made = Augmenter(config.stain, one, one, one, torch.eye(3)[None, :2], rows, rows)
+    made = Augmenter(config.stain, one, torch.zeros(1, dtype=torch.long), one, torch.eye(3)[None, :2], rows, rows)
     return made.of(tiles, torch.zeros(len(tiles), dtype=torch.long))
 
 
@@ -38,7 +39,7 @@ def crops(tiles, positions, overrides=()):
 
 
 def test_cropping_and_resizing_equal_torchvision(tiles):
-    boxes = crop_boxes(torch.arange(6), 96, [0.05, 1.0])
+    boxes = crop_boxes(torch.arange(6), 96, [0.05, 1.0], ASPECT)
     rows = resize_weights(boxes[:, 0], boxes[:, 2], 96, 40)
     columns = resize_weights(boxes[:, 1], boxes[:, 3], 96, 40)
     ours = rows.unsqueeze(1) @ tiles.float() @ columns.transpose(1, 2).unsqueeze(1)
@@ -48,7 +49,7 @@ def test_cropping_and_resizing_equal_torchvision(tiles):
 
 
 def test_boxes_have_the_distribution_of_torchvision():
-    boxes = crop_boxes(torch.arange(4000), 200, [0.32, 1.0]).numpy()
+    boxes = crop_boxes(torch.arange(4000), 200, [0.32, 1.0], ASPECT).numpy()
     image = torch.zeros(3, 200, 200)
     theirs = np.array([RandomResizedCrop.get_params(image, [0.32, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)])
     for of in (lambda b: b[:, 2] * b[:, 3] / 200**2, lambda b: np.log(b[:, 3] / b[:, 2]), lambda b: b[:, 0]):
@@ -151,3 +152,38 @@ def test_probabilities_are_met(tiles):
     globals_, _ = crops(many, torch.arange(400), overrides)
     gray = (globals_[0] - globals_[0].mean(dim=1, keepdim=True)).abs().amax(dim=(1, 2, 3)) < 1e-5
     assert abs(gray.float().mean().item() - 0.2) < 4 * math.sqrt(0.2 * 0.8 / 400)
+
+
+def test_a_quarter_turn_is_that_of_torch_and_any_angle_is_scipys():
+    from scipy.ndimage import rotate
+
+    images = torch.rand(2, 3, 33, 33, generator=torch.Generator().manual_seed(0))
+    quarter = augment.rotated(images, torch.tensor([math.pi / 2, 0.0]))
+    torch.testing.assert_close(quarter[0], torch.rot90(images[0], 1, (1, 2)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(quarter[1], images[1], atol=1e-5, rtol=0)
+    ours = augment.rotated(images[:1], torch.tensor([math.radians(30)]))[0].numpy()
+    theirs = rotate(images[0].numpy(), 30, axes=(1, 2), reshape=False, order=1)
+    inside = (slice(None), slice(9, 24), slice(9, 24))  # away from the border, which is mirrored here
+    np.testing.assert_allclose(ours[inside], theirs[inside], atol=0.02)
+
+
+def test_free_rotation_has_its_probability_and_keeps_neighbors_apart(tiles):
+    off = ["flips=false", "rotate90=false", "jitter=0", "gray=0", "blur=[0,0,0]", "mean=[0,0,0]", "std=[1,1,1]"]
+    overrides = [f"augment.{o}" for o in off] + ["stain.augment=none", "crops.global_scale=[1,1]", "augment.rotate=0.3"]
+    many = tiles[:1].expand(300, -1, -1, -1)
+    plain, _ = crops(many[:1], torch.arange(1), [*overrides[:-1]])
+    turned, _ = crops(many, torch.arange(300), overrides)
+    changed = (turned[0] - plain[0]).abs().amax(dim=(1, 2, 3)) > 1e-3
+    assert abs(changed.float().mean().item() - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 300)
+    alone, _ = crops(many[7:8], torch.arange(7, 8), overrides)
+    assert torch.equal(turned[:, 7:8], alone)
+
+
+def test_the_aspect_of_boxes_is_a_choice():
+    boxes = crop_boxes(torch.arange(2000), 392, [0.294, 0.359], [0.95, 1.05]).double()
+    ratio, side = boxes[:, 3] / boxes[:, 2], (boxes[:, 2] * boxes[:, 3]).sqrt()
+    assert 0.94 < ratio.min() < 0.96
+    assert 1.04 < ratio.max() < 1.06
+    # Extended-context translation: 224-px crops of 392-px regions, scaled by .9 to 1.1 in area.
+    assert abs(side.min() / 224 - math.sqrt(0.9)) < 0.01
+    assert abs(side.max() / 224 - math.sqrt(1.1)) < 0.01

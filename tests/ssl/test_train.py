@@ -6,6 +6,7 @@ Two processes against one, under torchrun and on SLURM: tests/launch/test_traini
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from eosin.data_tools.shards import ShardSet, write_slides
 from eosin.launch.cli import main
 from eosin.ssl import checkpoint
 
@@ -155,3 +157,50 @@ def test_a_checkpoint_of_other_data_is_refused(tiny_run, tiny_recipe, tiny_shard
     dataset["shards"][0]["sha256"] = "0" * 64
     write_json(tmp_path / "s" / "dataset.json", dataset)
     assert "another shard set" in complaint(capsys, command(tiny_recipe, tmp_path / "s", tiny_run)[3:])
+
+
+HIGH = "high_resolution={steps: 2, crops: {global_size: 48, local_size: 32, local_count: 2}}"
+
+
+def test_the_last_steps_at_high_resolution(tiny_shards, tiny_recipe, tmp_path):
+    settings = [*tiny_recipe, f"data.shards={tiny_shards}", "run.steps=4", "run.checkpoint_every=1", "run.keep=9", HIGH]
+    assert main(["train", *settings, f"run.dir={tmp_path / 'whole'}"]) == 0
+    assert main(["train", *settings, f"run.dir={tmp_path / 'cut'}"]) == 0
+    # As after a kill at the switch: it goes on and ends bit for bit the same.
+    for step in checkpoint.steps(tmp_path / "cut")[2:]:
+        shutil.rmtree(step)
+    assert main(["train", *settings, f"run.dir={tmp_path / 'cut'}"]) == 0
+    whole, cut = teacher(tmp_path / "whole"), teacher(tmp_path / "cut")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    # The same steps without the last phase are another model; the first half is the same.
+    plain = [s for s in settings if s != HIGH]
+    assert main(["train", *plain, f"run.dir={tmp_path / 'plain'}"]) == 0
+    ours, theirs = losses(tmp_path / "whole"), losses(tmp_path / "plain")
+    assert [ours[s] == theirs[s] for s in (1, 2, 3)] == [True, True, False]
+
+
+def test_high_resolution_tiles_of_their_own(tiny_shards, tiny_recipe, tmp_path, capsys):
+    other = shutil.copytree(tiny_shards, tmp_path / "other")
+    table = ShardSet(other).slides().assign(stain="IHC")
+    write_slides(other, table)
+    last = f"high_resolution={{steps: 1, shards: '{other}', crops: {{global_size: 48, local_count: 0}}}}"
+    run = tmp_path / "run"
+    settings = [*tiny_recipe, f"data.shards={tiny_shards}", f"run.dir={run}", "run.steps=3", last]
+    assert main(["train", *settings, "stain.augment=none"]) == 0
+    assert "the tiles of 4 of 4 slides stay raw" in capsys.readouterr().out
+    assert [r["stain_raw"] for r in records(run)] == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("last", "words"),
+    [
+        ("{steps: 8, crops: {global_size: 48}}", "not fewer than run.steps=8"),
+        ("{steps: 2, crops: {global_size: 50}}", "high_resolution.crops.global_size: 50 is not a multiple"),
+        ("{steps: 2}", "high_resolution.crops is not set"),
+        ("{steps: 2, crops: {global_size: 48}, shards: nowhere}", "nowhere does not exist"),
+    ],
+)
+def test_an_impossible_last_phase_is_one_line(last, words, tiny_shards, tiny_recipe, tmp_path, capsys):
+    settings = [*tiny_recipe, f"data.shards={tiny_shards}", f"run.dir={tmp_path / 'run'}"]
+    assert main(["train", *settings, f"high_resolution={last}"]) == 2
+    assert words in capsys.readouterr().err

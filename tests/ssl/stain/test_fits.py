@@ -6,9 +6,10 @@ import torch
 
 from eosin.data_tools.phantom import LABORATORIES, SCANNERS, Optics, concentrations, render
 from eosin.data_tools.phantom_scene import CLASSES, scene
-from eosin.data_tools.shards import ShardSet
+from eosin.data_tools.errors import UserError
+from eosin.data_tools.shards import ShardSet, write_slides
 from eosin.ssl.stain import density, lab, macenko
-from eosin.ssl.stain.fits import fit_slides, fit_tiles, white_point
+from eosin.ssl.stain.fits import fit_slides, fit_tiles, slide_fits, white_point
 from eosin.ssl.stain.reference import BUILT_IN
 
 MPP = 0.5
@@ -113,3 +114,29 @@ def test_slide_normalization_takes_laboratories_and_scanners_out():
             kept.append(lab.statistics(tile).mean.mean(dim=0).numpy())
     spread = [np.cov(np.array(kept).T).trace() for kept in (before, after)]
     assert spread[1] < 0.5 * spread[0]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "{garbage",
+        "[1, 2]",
+        "{}",
+        '{"convention": "eosin"}',
+        '{"convention": "eosin", "vectors": [[1, 0, 0], [0, 1, 0]], "maxima": ["a", "b"], "lab_mean": [1], "lab_std": 1}',
+        "NaN",
+    ],
+)
+def test_a_broken_fit_in_the_table_is_one_line(shards, broken):
+    table = fit_slides(shards)
+    table.loc[1, "stain_fit"] = broken
+    write_slides(shards.folder, table)
+    with pytest.raises(UserError, match=r"slide 'b' of .* has a broken stain fit .*; run 'eosin stain fit"):
+        slide_fits(ShardSet(shards.folder), "eosin")
+
+
+def test_a_missing_fit_is_none(shards):
+    table = fit_slides(shards)
+    table.loc[1, "stain_fit"] = None
+    write_slides(shards.folder, table)
+    assert [fit is None for fit in slide_fits(ShardSet(shards.folder), "eosin")] == [False, True, False, True]

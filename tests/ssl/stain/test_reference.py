@@ -10,10 +10,15 @@ from eosin.ssl.stain.fits import fit_slides
 from eosin.ssl.stain.reference import BUILT_IN, find_reference, load_reference, make_reference, save_reference
 
 
+def large(tile):
+    """A tile twice as large, as a lens would show it: no stain is a single pixel."""
+    return Image.fromarray(tile.permute(1, 2, 0).numpy().repeat(2, axis=0).repeat(2, axis=1))
+
+
 @pytest.fixture
 def image(tmp_path, bench):
     path = tmp_path / "he.png"
-    Image.fromarray(bench.tile(0, bench.he2, size=256).permute(1, 2, 0).numpy()).save(path)
+    large(bench.tile(0, bench.he2, size=128)).save(path)
     return path
 
 
@@ -40,7 +45,7 @@ def test_several_targets_are_pooled_by_their_median(tmp_path, bench):
     names = []
     for number, vectors in enumerate([bench.he, bench.he2, bench.he2]):
         path = tmp_path / f"{number}.png"
-        Image.fromarray(bench.tile(number, vectors, size=200).permute(1, 2, 0).numpy()).save(path)
+        large(bench.tile(number, vectors, size=100)).save(path)
         names.append(str(path))
     made = make_reference(names, "eosin")
     assert bench.angle(made.vectors[0], bench.H2) < 2
@@ -86,12 +91,18 @@ def test_a_wrong_name_is_one_line(given, words):
     [
         ({"vectors": [[1, 0, 0]]}, "2 × 3"),
         ({"vectors": [[1, 0, 0], [5, 0, 0]]}, "length 1"),
-        ({"maxima": [0, 1]}, "above 0"),
-        ({"maxima": ["a", 1]}, "maxima.0"),
+        ({"maxima": [0.0, 1.0]}, "from 0.01"),
+        ({"maxima": ["a", 1]}, r"maxima\.0"),
+        ({"maxima": [1e300, 1]}, "from 0.01 to"),
+        ({"vectors": [[1], [1, 2, 3]]}, "no lists of numbers"),
+        ({"vectors": [[0.17, 0.88, 0.44], [0.61, 0.73, 0.31]]}, "more red than eosin"),
+        ({"vectors": [[0.61, 0.73, 0.31], [0.61, 0.73, 0.31]]}, "more red than eosin"),
+        ({"lab_mean": [1e39, 0, 0]}, "within ±130"),
+        ({"name": "a\nb"}, "not printable"),
         ({"convention": "mine"}, "no convention 'mine'"),
         ({"schema_version": 9}, "schema 9"),
         ({"more": 1}, "more"),
-        ({"lab_std": [1, 2, float("nan")]}, "finite"),
+        ({"lab_std": [1.0, 2.0, float("nan")]}, "finite"),
     ],
 )
 def test_a_broken_json_is_one_line(tmp_path, change, words):
