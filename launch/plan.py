@@ -123,13 +123,13 @@ def _flops(plan: Plan) -> Iterator[str]:
     yield _row("student, forward", there)
     yield _row("teacher, forward", teacher_forward(plan.shape, phase))
     yield _row("student, backward", backward(there))
-    yield _row("a step, as executed", plan.step(phase))
+    yield _row("a step", plan.step(phase, 0.0))
     if rate:
-        yield _row("a step, drops skipped", plan.step(phase, rate))
+        yield _row("a step, as executed", plan.step(phase))
     for later in plan.phases[1:]:
         yield _row("last steps, as executed", plan.step(later))
     if rate:
-        yield f"  Drop path {rate:g} saves nothing today: a dropped branch is computed, then multiplied by 0."
+        yield f"  Drop path {rate:g}: what a crop's branches drop is not computed."
     counted, side = fvcore_table(plan.config), plan.config.crops.global_size
     named = " + ".join(f"{part} {_digits(n / 1e9)} ({held / 1e6:,.1f} M)" for part, (held, n) in counted.items())
     whole, closed = (_digits(n / 1e9) for n in (sum(n for _, n in counted.values()), crop_forward(plan.shape, side)))

@@ -1,13 +1,13 @@
 """The backbone: timm's VisionTransformer, with a block that runs crops of several sizes in one pass.
 
 A packed pass concatenates the tokens of all crops for everything that works token by token (norms, linear layers) and
-splits them by crop size for attention only.
+splits them by crop size for attention only. Drop path takes the crops it drops out of a branch, which saves their work.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,58 +22,90 @@ from eosin.ssl.config import Config, Model
 DROP_PATH = purpose("drop path")
 
 
-@dataclass
-class Layout:
-    """How packed tokens divide into crops.
+class Kept(NamedTuple):
+    """The crops that one residual branch works on: the others are dropped by drop path, and cost nothing.
 
     Attributes:
-        groups: (crops, tokens a crop) for each crop size, in order.
-        keys: [crops in all] int64, each crop's key for drop path.
-        rate: drop path rate; 0 outside training.
+        groups: (crops, tokens a crop) for each crop size.
+        tokens: [T'] int64, where their tokens are among all; None for all of them.
+        scale: what the branch's result is multiplied by, so that its mean stays.
     """
 
     groups: list[tuple[int, int]]
-    keys: torch.Tensor
-    rate: float
+    tokens: torch.Tensor | None
+    scale: float
 
-    def keep(self, block: int, branch: int) -> torch.Tensor | None:
-        """Factor of each token for one residual branch, [1, T, 1]: 0 for dropped crops, 1 / (1 - rate) for others."""
-        if self.rate == 0:
-            return None
-        kept = (uniform(self.keys, block, branch, DROP_PATH) >= self.rate).float() / (1 - self.rate)
-        tokens = torch.tensor([t for n, t in self.groups for _ in range(n)], device=self.keys.device)
-        return kept.repeat_interleave(tokens, output_size=sum(n * t for n, t in self.groups)).view(1, -1, 1)
+
+def keep_all(groups: list[tuple[int, int]], blocks: int) -> list[tuple[Kept, Kept]]:
+    """Both branches of every block on all crops."""
+    kept = Kept(groups, None, 1.0)
+    return [(kept, kept)] * blocks
+
+
+def drop_path(groups: list[tuple[int, int]], keys: torch.Tensor, rate: float, blocks: int) -> list[tuple[Kept, Kept]]:
+    """The crops that each block's two branches work on: each is dropped with probability ``rate``, by its own key.
+
+    The rate is the same in every block, as in DINOv2, where a fixed share of the batch is dropped; here a crop's drops
+    depend on itself alone.
+
+    Args:
+        groups: (crops, tokens a crop) for each crop size, in order.
+        keys: [crops in all] int64.
+    """
+    if rate == 0:
+        return keep_all(groups, blocks)
+    places = torch.arange(2 * blocks, device=keys.device).unsqueeze(1)
+    # One transfer for all blocks: how many crops are kept decides shapes.
+    kept = (uniform(keys, places // 2, places % 2, DROP_PATH) >= rate).cpu()  # [2 · blocks, crops]
+    lengths = torch.tensor([t for n, t in groups for _ in range(n)])
+    starts = lengths.cumsum(0) - lengths
+    sizes = [n for n, _ in groups]
+    branches = []
+    for row in kept:
+        counts = [int(part.sum()) for part in row.split(sizes)]
+        own, length = starts[row], lengths[row]
+        first = (length.cumsum(0) - length).repeat_interleave(length)
+        tokens = own.repeat_interleave(length) + torch.arange(int(length.sum())) - first
+        some = [(n, t) for n, (_, t) in zip(counts, groups)]
+        branches.append(Kept(some, tokens.to(keys.device, non_blocking=True), 1 / (1 - rate)))
+    return list(zip(branches[::2], branches[1::2]))
 
 
 class PackedBlock(Block):
-    """timm's transformer block; with a layout, its input [1, T, D] holds the tokens of many crops."""
-
-    def __init__(self, dim: int, *, depth: int = 0, **kwargs: Any) -> None:
-        super().__init__(dim, depth=depth, **kwargs)
-        self.depth = depth
+    """timm's transformer block; with ``kept``, its input [1, T, D] holds the tokens of many crops."""
 
     def forward(
         self,
         x: torch.Tensor,
         attn_mask: torch.Tensor | None = None,
         is_causal: bool = False,
-        layout: Layout | None = None,
+        kept: tuple[Kept, Kept] | None = None,
     ) -> torch.Tensor:
-        """Plain timm without a layout; with one, a packed pass over its crops."""
-        if layout is None:
+        """Plain timm without ``kept``; with it, a packed pass whose two branches work on the crops kept."""
+        if kept is None:
             return super().forward(x, attn_mask, is_causal)
-        x = x + _scaled(self.ls1(self._attend(self.norm1(x), layout)), layout.keep(self.depth, 0))
-        return x + _scaled(self.ls2(self.mlp(self.norm2(x))), layout.keep(self.depth, 1))
+        x = _residual(x, kept[0], lambda part, groups: self.ls1(self._attend(self.norm1(part), groups)))
+        return _residual(x, kept[1], lambda part, _: self.ls2(self.mlp(self.norm2(part))))
 
-    def _attend(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+    def _attend(self, x: torch.Tensor, groups: list[tuple[int, int]]) -> torch.Tensor:
         attn: Any = self.attn
         qkv = attn.qkv(x[0]).view(-1, 3, attn.num_heads, attn.head_dim)  # [T, 3, H, D/H]
         outputs = []
-        for part, (crops, tokens) in zip(qkv.split([n * t for n, t in layout.groups]), layout.groups):
+        for part, (crops, tokens) in zip(qkv.split([n * t for n, t in groups]), groups):
             q, k, v = part.view(crops, tokens, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
             out = F.scaled_dot_product_attention(attn.q_norm(q), attn.k_norm(k), v)
             outputs.append(out.transpose(1, 2).reshape(crops * tokens, attn.attn_dim))
         return attn.proj(attn.norm(torch.cat(outputs))).unsqueeze(0)
+
+
+def _residual(
+    x: torch.Tensor, kept: Kept, branch: Callable[[torch.Tensor, list[tuple[int, int]]], torch.Tensor]
+) -> torch.Tensor:
+    """``x`` [1, T, D] plus the branch of the tokens kept."""
+    if kept.tokens is None:
+        return x + branch(x, kept.groups)
+    change = branch(x.index_select(1, kept.tokens), kept.groups)
+    return x.index_add(1, kept.tokens, change.to(x.dtype), alpha=kept.scale)
 
 
 def model_arguments(model: Model) -> dict[str, Any]:
@@ -131,14 +163,9 @@ def packed_features(
     Returns:
         Normalized tokens, in the shapes of ``groups``.
     """
-    layout = Layout([(len(g), g.shape[1]) for g in groups], keys, rate)
+    sizes = [(len(g), g.shape[1]) for g in groups]
     x = torch.cat([g.flatten(0, 1) for g in groups]).unsqueeze(0)  # [1, T, D]
-    for block in backbone.blocks:
-        x = block(x, layout=layout)
+    for block, kept in zip(backbone.blocks, drop_path(sizes, keys, rate, len(backbone.blocks))):
+        x = block(x, kept=kept)
     x = backbone.norm(x)[0]
-    parts = x.split([n * t for n, t in layout.groups])
-    return [part.view(n, t, -1) for part, (n, t) in zip(parts, layout.groups)]
-
-
-def _scaled(x: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
-    return x if factor is None else x * factor.to(x.dtype)
+    return [part.view(n, t, -1) for part, (n, t) in zip(x.split([n * t for n, t in sizes]), sizes)]

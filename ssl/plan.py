@@ -157,9 +157,9 @@ class Plan:
         """Parameters of the student by part; the teacher is a copy."""
         return parameters(self.network)
 
-    def step(self, phase: Phase, drop_path: float = 0.0) -> Flops:
-        """FLOPs of one image in a step: student and teacher forward, student backward."""
-        there = student_forward(self.shape, phase, drop_path)
+    def step(self, phase: Phase, drop_path: float | None = None) -> Flops:
+        """FLOPs of one image in a step: student and teacher forward, student backward; at the recipe's drop path."""
+        there = student_forward(self.shape, phase, self.config.model.drop_path if drop_path is None else drop_path)
         return there + backward(there) + teacher_forward(self.shape, phase)
 
     @property
@@ -253,8 +253,7 @@ def student_forward(shape: Shape, phase: Phase, drop_path: float = 0.0) -> Flops
     masked patches of the global ones.
 
     Args:
-        drop_path: count only blocks' branches that are kept, as if dropped ones were skipped. Eosin multiplies dropped
-            ones by 0 and so computes all: 0 gives what it executes.
+        drop_path: share of the blocks' branches that are dropped, and so not computed; on average.
     """
     crops = phase.crops
     return _forward(
@@ -315,7 +314,9 @@ def activations(shape: Shape, phase: Phase, bf16: bool, drop_path: float) -> tup
         + 5·e·A           queries, keys, values; attention's output, and again where crops are joined
         + 2·e·D           what LayerScale scales, where there is one
         + 2·e·h or 4·e·h  before and after GELU; gated: both halves, the activated one and their product
-        + 16 + 4·H (+ 8)  statistics of norms and attention, and drop path's factors.
+        + 16 + 4·H        statistics of norms and attention.
+
+    Of that, drop path keeps what it does not drop, and 16 bytes of places.
 
     A row of a head with hidden width m, bottleneck b and K prototypes keeps e·(D + 4·m + b) + 4·b, and the losses 8·K:
     targets and log-probabilities, float32. A crop keeps e a value, and a token 4·D before the last norm. Independent of
@@ -326,13 +327,13 @@ def activations(shape: Shape, phase: Phase, bf16: bool, drop_path: float) -> tup
     crops = phase.crops
     sides = [(GLOBALS, crops.global_size), (crops.local_count, crops.local_size)]
     tokens = sum(count * shape.tokens(side) for count, side in sides)
-    token = (
+    token = (1 - drop_path) * (
         (8 + 2 * e + (2 * e if shape.scaled else 0)) * shape.width
         + 5 * e * shape.inner
         + (4 if shape.gated else 2) * e * shape.hidden
         + 16
         + 4 * shape.heads
-        + (8 if drop_path else 0)
+        + (16 if drop_path else 0)
     )
     rows = [(GLOBALS + crops.local_count, shape.dino), (phase.masked, shape.ibot)]
     values = 3 * sum(count * side**2 for count, side in sides)

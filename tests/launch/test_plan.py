@@ -65,10 +65,10 @@ def test_without_a_speed_three_are_shown(capsys):
 
 
 def test_drop_path_says_what_is_executed(capsys):
-    assert not any("skipped" in line for line in planned(capsys, *TINY))
+    assert not any("as executed" in line for line in planned(capsys, *TINY, "model.drop_path=0"))
     text = "\n".join(planned(capsys, *TINY, "model.drop_path=0.25"))
-    assert "drops skipped" in text
-    assert "Drop path 0.25 saves nothing today" in text
+    assert "a step, as executed" in text
+    assert "Drop path 0.25: what a crop's branches drop is not computed" in text
 
 
 def test_high_resolution_has_lines_of_its_own(capsys):

@@ -19,7 +19,7 @@ from eosin.data_tools.shards import ShardWriter
 
 STEPS = 24
 SETTINGS = [
-    "model.args={depth: 1}",
+    "model={args: {depth: 2}, drop_path: 0.2}",
     "crops={global_size: 32, local_size: 16, local_count: 2}",
     "objective={prototypes: 32, hidden: 32, bottleneck: 16, teacher_temperature_warmup: 4, kde: 0.05}",
     "stain.normalize=off",

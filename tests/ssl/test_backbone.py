@@ -2,8 +2,9 @@ import pytest
 import timm
 import torch
 
+from eosin.data_tools.draws import uniform
 from eosin.data_tools.errors import UserError
-from eosin.ssl.backbone import Layout, build_backbone
+from eosin.ssl.backbone import DROP_PATH, build_backbone, drop_path, packed_features
 from eosin.ssl.config import load_config
 from eosin.ssl.masks import block_masks
 from eosin.ssl.network import Network, StudentTeacher
@@ -62,14 +63,49 @@ def test_masked_patches_are_hidden_from_the_student_only():
     assert (shown[0] - shown[1]).abs().max() > 1e-4
 
 
-def test_drop_path_is_keyed_by_sample_and_keeps_the_mean():
-    layout = Layout([(4000, 1)], torch.arange(4000), 0.25)
-    keep = layout.keep(1, 0).flatten()
-    torch.testing.assert_close(keep.unique(), torch.tensor([0.0, 4 / 3]))
-    assert abs(keep.mean().item() - 1) < 0.04
-    part = Layout([(2, 1)], torch.tensor([17, 3]), 0.25).keep(1, 0).flatten()
-    assert torch.equal(part, keep[[17, 3]])
-    assert not torch.equal(keep, layout.keep(2, 0).flatten())
+def test_drop_path_is_keyed_by_sample_and_has_its_rate():
+    branches = drop_path([(4000, 1)], torch.arange(4000), 0.25, 3)
+    kept = [branch.tokens for block in branches for branch in block]
+    assert all(abs(len(tokens) / 4000 - 0.75) < 4 * (0.25 * 0.75 / 4000) ** 0.5 for tokens in kept)
+    assert len({tuple(tokens.tolist()) for tokens in kept}) == 6  # every block and branch draws anew
+    assert branches[0][0].scale == pytest.approx(4 / 3)
+    # A crop's drops depend on its key alone, whatever stands beside it.
+    two = drop_path([(2, 1)], torch.tensor([17, 3]), 0.25, 3)
+    for block, alone in zip(branches, two):
+        for many, few in zip(block, alone):
+            assert [17 in many.tokens, 3 in many.tokens] == [0 in few.tokens, 1 in few.tokens]
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4, 0.97])
+def test_drop_path_is_that_of_each_crop_by_itself(rate):
+    torch.manual_seed(0)
+    backbone = build_backbone(
+        config("model.args={depth: 3, embed_dim: 48, num_heads: 3, init_values: 0.1}"), packed=True
+    )
+    groups = [torch.randn(4, 5, 48), torch.randn(6, 3, 48)]
+    keys = torch.arange(10) + 100
+    packed = packed_features(backbone, groups, keys, rate)
+    dropped = 0
+    for group, first, out in zip(groups, (0, 4), packed):
+        for crop in range(len(group)):
+            x = group[crop : crop + 1]
+            for number, block in enumerate(backbone.blocks):
+                branches = (lambda t, b=block: b.ls1(b.attn(b.norm1(t))), lambda t, b=block: b.ls2(b.mlp(b.norm2(t))))
+                for branch, function in enumerate(branches):
+                    if uniform(keys[first + crop], number, branch, DROP_PATH) >= rate:
+                        x = x + function(x) / (1 - rate)
+                    else:
+                        dropped += 1
+            torch.testing.assert_close(out[crop], backbone.norm(x)[0], atol=1e-5, rtol=1e-5)
+    assert (dropped > 0) == (rate > 0)
+
+
+def test_gradients_reach_everything_where_whole_branches_are_dropped():
+    network = Network(config("model.drop_path=0.97", "model.args={depth: 1}"))
+    images = [torch.randn(2, 1, 3, 64, 64)]
+    forward(network, images, rate=0.97).cls_scores.sum().backward()
+    missing = [n for n, p in network.named_parameters() if p.grad is None]
+    assert missing in ([], ["mask_token"])
 
 
 def test_what_timm_cannot_build_is_one_line():
