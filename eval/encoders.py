@@ -175,7 +175,7 @@ def _folder_encoder(folder: Path, pooling: str, device: torch.device, *, trained
 
 
 def _load_run(run: Path, trained: bool) -> tuple[nn.Module, dict[str, Any], dict[str, Any] | None]:
-    """A run's backbone. Untrained, it holds the very weights that training began with."""
+    """A run's backbone. Untrained, it holds the random weights that training begins with where it has no init_from."""
     from eosin.ssl.backbone import build_backbone
     from eosin.ssl.checkpoint import TEACHER, latest, load_teacher
     from eosin.ssl.config import read_run_config

@@ -86,10 +86,9 @@ class Normalizer:
 
     def _by_stain(self, images: torch.Tensor, reason: torch.Tensor, of_slides: SlideFits | None) -> Normalized:
         convention = macenko.CONVENTIONS[self.reference.convention]
-        white = None
+        ours = convention.white == WHITE  # the peers have one white for all, and lose what lies outside the stains
         if of_slides is None:
-            if convention.white == WHITE:
-                white = macenko.white_point(macenko.thinned(images, convention.pixels))
+            white = macenko.white_point(macenko.thinned(images, convention.pixels)) if ours else None
             fits = macenko.fit(images, convention, white)
             vectors, maxima = fits.vectors, fits.maxima
             reason = torch.where(reason > 0, reason, fits.reason)
@@ -97,11 +96,10 @@ class Normalizer:
             vectors, maxima, white, *_ = of_slides
         to_vectors, to_maxima, *_ = self.reference.tensors(images.device)
         good = reason == 0
-        ours = convention.white == WHITE
         matrices = macenko.transform(vectors, maxima, to_vectors, to_maxima, keep_rest=ours)
-        if not ours:
-            return Normalized(macenko.render(images, matrices, good, convention), reason)
-        return Normalized(mix(images, matrices, white, good), reason)
+        if ours:
+            return Normalized(mix(images, matrices, white, good), reason)
+        return Normalized(macenko.render(images, matrices, good, convention), reason)
 
     def _by_color(self, images: torch.Tensor, reason: torch.Tensor, of_slides: SlideFits | None) -> Normalized:
         if of_slides is None:
