@@ -94,7 +94,10 @@ def run(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=f"eosin {verb}", description=summary, formatter_class=Formatter)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     module.add_arguments(parser)
-    args = parser.parse_args(argv[1:])
+    try:
+        args = parser.parse_intermixed_args(argv[1:])  # a recipe's overrides may follow an option
+    except TypeError:  # what argparse says of verbs that have actions of their own, or pass a rest on
+        args = parser.parse_args(argv[1:])
     code: int = module.main(args)
     return code
 

@@ -160,3 +160,7 @@ def test_digits(value, text):
 def test_prefixes():
     assert plan._flop(3.936e20) == "393.6 EFLOP"
     assert plan._flop(12) == "12.00 FLOP"
+
+
+def test_overrides_may_follow_an_option(capsys):
+    assert any("plan of smoke: 30 steps" in line for line in planned(capsys, "smoke", "--plan", "run.steps=30"))
