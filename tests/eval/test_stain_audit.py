@@ -18,7 +18,7 @@ from eosin.data_tools.errors import UserError
 from eosin.data_tools.phantom import REFERENCE, WHITE
 from eosin.data_tools.shards import ShardSet, write_slides
 from eosin.data_tools.stream import decode
-from eosin.eval.report import stain_audit, stain_truth
+from eosin.eval.report import stain_audit, stain_outliers, stain_truth
 from eosin.eval.report.page import Table
 from eosin.launch.cli import main
 from eosin.ssl.config import Stain
@@ -114,7 +114,7 @@ def test_variance_is_that_of_scikit_image(tiny_shards):
             expected[place].append(rgb2lab(pixels / 255).mean(axis=0))
     assert np.abs(colors - np.array(expected)).max() < 0.02
     before, after = (np.trace(np.cov(np.array(e), rowvar=False, ddof=1)) for e in expected)
-    found = [stain_audit.variances(c) for c in colors]
+    found = [stain_outliers.variances(c) for c in colors]
     assert found[0].sum() == pytest.approx(before, rel=0.02)
     assert found[1].sum() == pytest.approx(after, rel=0.02)
     assert stain_audit.gather(shards, description()).ratio == pytest.approx(after / before, rel=0.04)
@@ -197,10 +197,10 @@ def test_planted_outliers_are_listed_and_only_they(copy, tmp_path):
 
 def test_slides_that_agree_have_no_outlier_and_one_that_does_not_has():
     same = np.full(9, 1.5)
-    assert not stain_audit.robust_scores(same).any()
-    assert stain_audit.robust_scores(np.append(same, 1.6))[-1] > 3.5
-    assert not stain_audit.robust_scores(np.full(4, np.nan)).any()
-    assert np.isfinite(stain_audit.robust_scores(np.append(same, np.nan))).all()
+    assert not stain_outliers.robust_scores(same).any()
+    assert stain_outliers.robust_scores(np.append(same, 1.6))[-1] > 3.5
+    assert not stain_outliers.robust_scores(np.full(4, np.nan)).any()
+    assert np.isfinite(stain_outliers.robust_scores(np.append(same, np.nan))).all()
 
 
 def test_hostile_names_are_escaped_and_every_failure_is_said(copy, tmp_path):

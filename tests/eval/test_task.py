@@ -52,29 +52,33 @@ def test_text_of_a_column():
     assert list(text(pd.Series([3, 4]))) == ["3", "4"]
 
 
-def refuse(said, *arguments):
-    with pytest.raises(UserError, match=said) as caught:
+def refusal(*arguments):
+    """The one line with which a task is refused."""
+    with pytest.raises(UserError) as caught:
         load_task(*arguments)
     assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def test_what_does_not_fit_is_refused(write, tmp_path):
     good = {"label": list("xxyy"), "patient": list("pqrs")}
     a = write("a", np.eye(4), **good)
-    refuse("no column 'labels' for --label; did you mean 'label'", [a], "labels", "patient")
-    refuse("no column 'patients' for --group; did you mean 'patient'", [a], "label", "patients")
-    refuse("does not exist", [tmp_path / "absent.safetensors"], "label", "patient")
-    refuse("different shard sets", [a, write("b", np.eye(4), shards="another", **good)], "label", "patient")
+    assert "no column 'labels' for --label; did you mean 'label'" in refusal([a], "labels", "patient")
+    assert "no column 'patients' for --group; did you mean 'patient'" in refusal([a], "label", "patients")
+    assert "does not exist" in refusal([tmp_path / "absent.safetensors"], "label", "patient")
+    assert "different shard sets" in refusal([a, write("b", np.eye(4), shards="another", **good)], "label", "patient")
     other = write("c", np.eye(4), key=["t0", "t1", "t2", "u"], **good)
-    refuse("do not hold the same tiles", [a, other], "label", "patient")
+    assert "do not hold the same tiles" in refusal([a, other], "label", "patient")
     nan = np.eye(4)
     nan[2, 1] = np.nan
-    refuse(
-        "NaN or infinite features in 1 of 4 rows, the first of tile 't2'", [write("d", nan, **good)], "label", "patient"
+    assert "NaN or infinite features in 1 of 4 rows, the first of tile 't2'" in refusal(
+        [write("d", nan, **good)], "label", "patient"
     )
-    refuse("'t1' twice", [write("e", np.eye(4), key=["t0", "t1", "t1", "t3"], **good)], "label", "patient")
-    refuse("nothing is left", [write("f", np.eye(4), label=[""] * 4, patient=list("pqrs"))], "label", "patient")
-    refuse("go by the name", [a, a], "label", "patient")
+    assert "'t1' twice" in refusal([write("e", np.eye(4), key=["t0", "t1", "t1", "t3"], **good)], "label", "patient")
+    assert "nothing is left" in refusal(
+        [write("f", np.eye(4), label=[""] * 4, patient=list("pqrs"))], "label", "patient"
+    )
+    assert "go by the name" in refusal([a, a], "label", "patient")
 
 
 def test_a_labels_file_that_does_not_fit_is_refused(write, tmp_path):
@@ -86,7 +90,7 @@ def test_a_labels_file_that_does_not_fit_is_refused(write, tmp_path):
         ("slide,grade\n", "no rows"),
     ]:
         csv.write_text(body)
-        refuse(said, [path], "grade", "patient", csv, "slide")
+        assert said in refusal([path], "grade", "patient", csv, "slide")
 
 
 def test_bags_that_mix_labels_or_groups_are_refused(write):

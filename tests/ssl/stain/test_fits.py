@@ -97,6 +97,8 @@ def test_known_stains_of_phantoms_are_recovered_and_better_than_by_torchstain_an
         tiatoolbox.append(errors(other, np.full(3, 255.0), image, optics, truth))
     middle = np.median(ours, axis=0)
     assert (middle <= [2, 2, 0.03, 0.03]).all()
+    for name, found in (("eosin", ours), ("torchstain", torchstain), ("tiatoolbox", tiatoolbox)):
+        print(f"{name:10} degrees H, E, relative errors H, E: {np.median(found, axis=0).round(3)}")
     for theirs in (torchstain, tiatoolbox):
         assert (middle <= np.median(theirs, axis=0)).all()
 
