@@ -7,16 +7,17 @@ splits them by crop size for attention only. Drop path takes the crops it drops 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from timm.models import create_model
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from eosin.data_tools.draws import purpose, uniform
 from eosin.data_tools.errors import UserError
+from eosin.ssl.attention import BACKENDS, Attend, Groups
 from eosin.ssl.config import Config, Model
 
 DROP_PATH = purpose("drop path")
@@ -31,18 +32,18 @@ class Kept(NamedTuple):
         scale: what the branch's result is multiplied by, so that its mean stays.
     """
 
-    groups: list[tuple[int, int]]
+    groups: Groups
     tokens: torch.Tensor | None
     scale: float
 
 
-def keep_all(groups: list[tuple[int, int]], blocks: int) -> list[tuple[Kept, Kept]]:
+def keep_all(groups: Groups, blocks: int) -> list[tuple[Kept, Kept]]:
     """Both branches of every block on all crops."""
     kept = Kept(groups, None, 1.0)
     return [(kept, kept)] * blocks
 
 
-def drop_path(groups: list[tuple[int, int]], keys: torch.Tensor, rate: float, blocks: int) -> list[tuple[Kept, Kept]]:
+def drop_path(groups: Groups, keys: torch.Tensor, rate: float, blocks: int) -> list[tuple[Kept, Kept]]:
     """The crops that each block's two branches work on: each is dropped with probability ``rate``, by its own key.
 
     The rate is the same in every block, as in DINOv2, where a fixed share of the batch is dropped; here a crop's drops
@@ -74,6 +75,10 @@ def drop_path(groups: list[tuple[int, int]], keys: torch.Tensor, rate: float, bl
 class PackedBlock(Block):
     """timm's transformer block; with ``kept``, its input [1, T, D] holds the tokens of many crops."""
 
+    def __init__(self, *args: Any, attend: Attend, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.attend = attend
+
     def forward(
         self,
         x: torch.Tensor,
@@ -87,20 +92,14 @@ class PackedBlock(Block):
         x = _residual(x, kept[0], lambda part, groups: self.ls1(self._attend(self.norm1(part), groups)))
         return _residual(x, kept[1], lambda part, _: self.ls2(self.mlp(self.norm2(part))))
 
-    def _attend(self, x: torch.Tensor, groups: list[tuple[int, int]]) -> torch.Tensor:
+    def _attend(self, x: torch.Tensor, groups: Groups) -> torch.Tensor:
         attn: Any = self.attn
-        qkv = attn.qkv(x[0]).view(-1, 3, attn.num_heads, attn.head_dim)  # [T, 3, H, D/H]
-        outputs = []
-        for part, (crops, tokens) in zip(qkv.split([n * t for n, t in groups]), groups):
-            q, k, v = part.view(crops, tokens, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
-            out = F.scaled_dot_product_attention(attn.q_norm(q), attn.k_norm(k), v)
-            outputs.append(out.transpose(1, 2).reshape(crops * tokens, attn.attn_dim))
-        return attn.proj(attn.norm(torch.cat(outputs))).unsqueeze(0)
+        q, k, v = attn.qkv(x[0]).view(-1, 3, attn.num_heads, attn.head_dim).unbind(1)  # [T, H, C]
+        out = self.attend(attn.q_norm(q), attn.k_norm(k), v, groups)
+        return attn.proj(attn.norm(out.flatten(1))).unsqueeze(0)
 
 
-def _residual(
-    x: torch.Tensor, kept: Kept, branch: Callable[[torch.Tensor, list[tuple[int, int]]], torch.Tensor]
-) -> torch.Tensor:
+def _residual(x: torch.Tensor, kept: Kept, branch: Callable[[torch.Tensor, Groups], torch.Tensor]) -> torch.Tensor:
     """``x`` [1, T, D] plus the branch of the tokens kept."""
     if kept.tokens is None:
         return x + branch(x, kept.groups)
@@ -124,7 +123,7 @@ def build_backbone(config: Config, *, packed: bool = False) -> VisionTransformer
     """
     arguments = {"img_size": config.crops.global_size} | model_arguments(config.model)
     if packed:
-        arguments["block_fn"] = PackedBlock
+        arguments["block_fn"] = partial(PackedBlock, attend=BACKENDS[config.run.attention])
     try:
         backbone = create_model(**arguments)
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:

@@ -183,6 +183,7 @@ class Run(Section):
     seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    attention: Literal["sdpa", "varlen", "xformers"] = "sdpa"  # what computes it; the last two on a GPU only
     compile: bool = False
     log_every: Count = 10
     checkpoint_every: Count = 1000

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from eosin.data_tools.errors import DONE, TO_BE_CONTINUED, UserError
 from eosin.data_tools.progress import progress
-from eosin.ssl import checkpoint, distributed, feed
+from eosin.ssl import attention, checkpoint, distributed, feed
 from eosin.ssl.config import Config, read_run_config, write_config
 from eosin.ssl.initialize import initialize
 from eosin.ssl.log import Log
@@ -55,6 +55,7 @@ def _train(config: Config, device: torch.device, stop: list[int]) -> int:
         for line in (line for phase in phases for line in feed.stain_notes(phase)):
             print(line)
 
+    attention.check(config.run.attention, device)
     torch.manual_seed(config.run.seed)
     model = StudentTeacher(config).to(device)
     optimizer = build_optimizer(model.student, config)
