@@ -4,12 +4,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from torchvision.transforms import RandomResizedCrop
+from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from eosin.ssl import augment
-from eosin.ssl.augment import crop_boxes, multi_crop, resize_weights
+from eosin.data_tools.draws import purpose, uniform
+from eosin.data_tools.errors import UserError
+from eosin.ssl import augment, resample
+from eosin.ssl.augment import crop_boxes, multi_crop
 from eosin.ssl.config import Augment, load_config
 from eosin.ssl.stain.augment import Augmenter
 
@@ -38,39 +40,61 @@ def crops(tiles, positions, overrides=()):
     return multi_crop(tiles, positions, config, stain_operations(tiles, config))
 
 
-def test_cropping_and_resizing_equal_torchvision(tiles):
-    boxes = crop_boxes(torch.arange(6), 96, [0.05, 1.0], ASPECT)
-    rows = resize_weights(boxes[:, 0], boxes[:, 2], 96, 40)
-    columns = resize_weights(boxes[:, 1], boxes[:, 3], 96, 40)
-    ours = rows.unsqueeze(1) @ tiles.float() @ columns.transpose(1, 2).unsqueeze(1)
-    for tile, box, out in zip(tiles, boxes.tolist(), ours):
-        theirs = F.resized_crop(tile.float(), *box, [40, 40], InterpolationMode.BICUBIC, antialias=True)
-        torch.testing.assert_close(out, theirs, atol=2e-2, rtol=0)  # of 255
+def turned(image, rows, columns, transpose):
+    """Flips and a transposition, as torch makes them."""
+    image = image.flip(-2) if rows else image
+    image = image.flip(-1) if columns else image
+    return image.transpose(-2, -1) if transpose else image
 
 
-def test_boxes_have_the_distribution_of_torchvision():
-    boxes = crop_boxes(torch.arange(4000), 200, [0.32, 1.0], ASPECT).numpy()
-    image = torch.zeros(3, 200, 200)
-    theirs = np.array([RandomResizedCrop.get_params(image, [0.32, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)])
-    for of in (lambda b: b[:, 2] * b[:, 3] / 200**2, lambda b: np.log(b[:, 3] / b[:, 2]), lambda b: b[:, 0]):
-        ours, reference = of(boxes.astype(float)), of(theirs.astype(float))
-        error = 4 * math.hypot(ours.std(), reference.std()) / math.sqrt(4000)
-        assert abs(ours.mean() - reference.mean()) < error
-        assert abs(ours.std() - reference.std()) < 0.1 * reference.std()
+@pytest.fixture
+def drawn_crops(tiles):
+    """Twelve crops of six tiles: arguments of resample.crop, in every orientation."""
+    orientation = torch.tensor([[n >> bit & 1 for bit in range(3)] for n in range(12)], dtype=torch.bool)
+    boxes = crop_boxes(torch.arange(12), 96, [0.05, 1.0], ASPECT)
+    return tiles, torch.arange(12) % 6, boxes, orientation[:, :2], orientation[:, 2], 40, 96
+
+
+def test_cropping_and_resizing_equal_torchvision(drawn_crops):
+    tiles, image, boxes, flips, transpose, size, _ = drawn_crops
+    ours = resample.crop_unrounded(*drawn_crops)
+    for out, i, box, flip, swap in zip(ours, image, boxes.tolist(), flips, transpose):
+        theirs = F.resized_crop(tiles[i].float(), *box, [size, size], InterpolationMode.BICUBIC, antialias=True)
+        # Of 255. A level outside 0..255 is clipped here, and there with the pixel type.
+        torch.testing.assert_close(out * 255, turned(theirs, *flip, swap).clamp(0, 255), atol=2e-2, rtol=0)
+
+
+def test_the_crops_of_a_cpu_are_those_of_pillow_to_a_level(drawn_crops):
+    tiles, image, boxes, flips, transpose, size, _ = drawn_crops
+    ours = resample.crop(*drawn_crops) * 255
+    for out, i, (top, left, height, width), flip, swap in zip(ours, image, boxes.tolist(), flips, transpose):
+        box = F.to_pil_image(tiles[i]).crop((left, top, left + width, top + height))
+        theirs = F.pil_to_tensor(box.resize((size, size), Image.Resampling.BICUBIC)).float()
+        torch.testing.assert_close(out, turned(theirs, *flip, swap), atol=1.01, rtol=0)
+
+
+def test_the_crops_of_a_cpu_are_rounded_and_else_those_of_a_gpu(drawn_crops):
+    cpu, gpu = resample.crop(*drawn_crops) * 255, resample.crop_unrounded(*drawn_crops) * 255
+    assert torch.equal(cpu, cpu.round())
+    difference = (cpu - gpu).abs()
+    assert difference.mean() < 0.5
+    # Rounded along both axes; the negative lobes of the second make a little more of an error of the first.
+    assert difference.max() < 2
 
 
 def jittered(images, **strengths):
-    """Apply color maps of the given strengths only; return the result and the maps."""
+    """Apply color maps of the given strengths only; return the result and the matrices."""
     off = {"jitter": 1.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0, "gray": 0.0}
-    matrices, offsets = augment.color_maps(images, torch.arange(len(images)), Augment(**(off | strengths)))
-    return (matrices @ images.flatten(2) + offsets).view_as(images), matrices, offsets
+    draws = {name: uniform(torch.arange(len(images)), purpose(name)) for name in augment.DRAWN}
+    matrices, shares = augment.color_maps(draws, Augment(**(off | strengths)))
+    return augment.recolored(images, matrices, shares), matrices
 
 
 def test_brightness_contrast_and_saturation_equal_torchvision(tiles):
     images = 0.4 + 0.1 * tiles.float() / 255  # far from where torchvision clips
-    bright, matrices, _ = jittered(images, brightness=0.4)
-    contrast, contrast_matrices, _ = jittered(images, contrast=0.4)
-    saturated, _, _ = jittered(images, saturation=0.4)
+    bright, matrices = jittered(images, brightness=0.4)
+    contrast, contrast_matrices = jittered(images, contrast=0.4)
+    saturated, _ = jittered(images, saturation=0.4)
     for i, image in enumerate(images):
         torch.testing.assert_close(bright[i], F.adjust_brightness(image, matrices[i, 0, 0].item()))
         factor = contrast_matrices[i, 0, 0].item()
@@ -83,8 +107,8 @@ def test_brightness_contrast_and_saturation_equal_torchvision(tiles):
 
 def test_hue_turns_the_chroma_and_keeps_luma(tiles):
     images = tiles[:, :, :2, :2].float() / 255
-    turned, _, _ = jittered(images, hue=0.1)
-    for before, after in zip(images, turned):
+    hued, _ = jittered(images, hue=0.1)
+    for before, after in zip(images, hued):
         angles = []
         for old, new in zip(before.flatten(1).T.tolist(), after.flatten(1).T.tolist()):
             (y0, i0, q0), (y1, i1, q1) = colorsys.rgb_to_yiq(*old), colorsys.rgb_to_yiq(*new)
@@ -93,22 +117,64 @@ def test_hue_turns_the_chroma_and_keeps_luma(tiles):
             angles.append(math.remainder(math.atan2(q1, i1) - math.atan2(q0, i0), 2 * math.pi))
         assert max(angles) - min(angles) < 0.1
         assert abs(angles[0]) <= 2 * math.pi * 0.1 + 0.05
-    assert (turned - images).abs().max() > 0.02
+    assert (hued - images).abs().max() > 0.02
 
 
 def test_gray_and_blur_equal_torchvision(tiles):
     images = tiles.float() / 255
-    gray, _, _ = jittered(images, gray=1.0)
+    gray, _ = jittered(images, gray=1.0)
     torch.testing.assert_close(gray, F.rgb_to_grayscale(images, 3), atol=1e-3, rtol=0)
-    blurred = augment._blur(images, torch.arange(6), torch.ones(6), [1.2, 1.2])
-    torch.testing.assert_close(blurred, F.gaussian_blur(images, [9, 9], [1.2, 1.2]), atol=1e-5, rtol=0)
+    sigmas = torch.tensor([0.1, 0.3, 0.7, 1.2, 1.7, 2.0])
+    kernels = torch.softmax(-0.5 * (torch.arange(-4, 5) / sigmas.unsqueeze(1)).square(), dim=1)
+    theirs = torch.stack([F.gaussian_blur(i, [9, 9], [s, s]) for i, s in zip(images, sigmas.tolist())])
+    for ours in (resample.blurred(images, sigmas), resample.filtered_by_sums(images, kernels)):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
-def test_a_sample_does_not_depend_on_its_batch(tiles):
-    together = crops(tiles, torch.arange(10, 16))
-    alone = crops(tiles[3:4], torch.tensor([13]))
-    for whole, single in zip(together, alone):
-        assert torch.equal(whole[:, 3:4], single)
+def test_resolution_is_reduced_as_by_torchvision(tiles):
+    images, sides = tiles.float() / 255, [96, 48, 51, 70, 95, 60]
+    ours = resample.reduced(images, torch.tensor(sides).float(), 48)
+    for out, image, side in zip(ours, images, sides):
+        small = F.resize(image, [side, side], InterpolationMode.BICUBIC, antialias=True)
+        theirs = F.resize(small, [96, 96], InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
+        torch.testing.assert_close(out, theirs, atol=1e-4, rtol=0)
+
+
+EVERYTHING = ["rotate=0.5", "solarize=0.5", "resolution=0.5", "jpeg=0.5", "blur=[0.5,0.5,0.5]"]
+
+
+@pytest.mark.parametrize("overrides", [[], [f"augment.{o}" for o in EVERYTHING]], ids=["recipe", "everything"])
+@pytest.mark.parametrize("sizes", [[], ["crops.global_size=208", "crops.local_count=3"]], ids=["small", "large"])
+def test_no_bit_of_a_sample_depends_on_its_batch(tiles, overrides, sizes):
+    positions = torch.arange(10, 16)
+    together = crops(tiles, positions, [*overrides, *sizes])
+    for order in ([3], [0], [5, 4, 3, 2, 1, 0], [3, 5, 3]):
+        part = crops(tiles[order], positions[order], [*overrides, *sizes])
+        for whole, some in zip(together, part):
+            assert torch.equal(whole[:, order], some)
+
+
+def test_what_a_gpu_runs_makes_the_crops_of_a_cpu(tiles, monkeypatch):
+    given = ["augment.rotate=0.5", "augment.resolution=0.5", "augment.mean=[0,0,0]", "augment.std=[1,1,1]"]
+    cpu = crops(tiles, torch.arange(6), given)
+    monkeypatch.setattr(resample, "crop", resample.crop_unrounded)
+    monkeypatch.setattr(resample, "filtered", resample.filtered_by_sums)
+    for ours, theirs in zip(cpu, crops(tiles, torch.arange(6), given)):
+        difference = (ours - theirs).abs() * 255
+        assert 0 < difference.mean() < 0.5
+        assert difference.max() < 6  # contrast and brightness make more of a level
+
+
+@pytest.mark.gpu
+def test_a_gpu_makes_the_crops_of_a_cpu(tiles, monkeypatch):
+    monkeypatch.setattr(augment, "TILES_AT_ONCE", 4)
+    config = load_config("demo", [*GIVEN, "augment.rotate=0.5", "augment.solarize=0", "stain.augment=none"])
+    cpu = multi_crop(tiles, torch.arange(6), config)
+    gpu = multi_crop(tiles.cuda(), torch.arange(6).cuda(), config)
+    for ours, theirs in zip(cpu, gpu):
+        difference = (ours - theirs.cpu()).abs() * 255 * 0.225  # levels
+        assert difference.mean() < 1
+        assert difference.max() < 6  # contrast and brightness make more of a level
 
 
 def test_positions_and_views_differ(tiles):
@@ -120,8 +186,7 @@ def test_positions_and_views_differ(tiles):
 
 
 def test_with_everything_off_a_full_crop_is_the_tile(tiles):
-    off = ["flips=false", "rotate90=false", "jitter=0", "gray=0", "blur=[0,0,0]", "mean=[0,0,0]", "std=[1,1,1]"]
-    overrides = [f"augment.{o}" for o in off] + ["stain.augment=none", "crops.global_size=96"]
+    overrides = [f"augment.{o}" for o in OFF] + ["stain.augment=none", "crops.global_size=96"]
     globals_, _ = crops(tiles, torch.arange(6), [*overrides, "crops.global_scale=[1,1]"])
     # No aspect ratio but 1 fits an area of 1, so every draw falls back to the whole image.
     torch.testing.assert_close(globals_[0], tiles / 255, atol=1e-5, rtol=0)
@@ -146,12 +211,27 @@ def test_no_local_crops_is_an_honest_zero(tiles):
     assert locals_.shape[0] == 0
 
 
-def test_probabilities_are_met(tiles):
-    many = tiles[:1].expand(400, -1, -1, -1)
-    overrides = ["augment.gray=0.2", "stain.augment=none", "augment.mean=[0,0,0]", "augment.std=[1,1,1]"]
-    globals_, _ = crops(many, torch.arange(400), overrides)
-    gray = (globals_[0] - globals_[0].mean(dim=1, keepdim=True)).abs().amax(dim=(1, 2, 3)) < 1e-5
-    assert abs(gray.float().mean().item() - 0.2) < 4 * math.sqrt(0.2 * 0.8 / 400)
+OFF = ["flips=false", "rotate90=false", "jitter=0", "gray=0", "blur=[0,0,0]", "mean=[0,0,0]", "std=[1,1,1]"]
+
+
+@pytest.mark.parametrize("name", ["resolution", "jpeg"])
+def test_resolution_and_jpeg_have_their_probability_and_are_last(tiles, name):
+    many = tiles[:1].expand(300, -1, -1, -1)
+    overrides = [f"augment.{o}" for o in OFF] + ["stain.augment=none", "crops.global_scale=[1,1]"]
+    overrides.append("crops.local_count=0")
+    plain, _ = crops(many[:1], torch.arange(1), overrides)
+    changed, _ = crops(many, torch.arange(300), [*overrides, f"augment.{name}=0.3"])
+    share = ((changed[0] - plain[0]).abs().amax(dim=(1, 2, 3)) > 1e-3).float().mean().item()
+    assert abs(share - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 300)
+    if name == "jpeg":  # the last thing done to a crop's pixels: what comes out is an image's levels
+        always, _ = crops(tiles, torch.arange(6), ["augment.jpeg=1", "augment.mean=[0,0,0]", "augment.std=[1,1,1]"])
+        torch.testing.assert_close(always * 255, (always * 255).round(), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("given", ["jpeg_quality=[95,30]", "jpeg_quality=[0,30]", "resolution_scale=[0.5,1.5]"])
+def test_a_range_that_is_none_is_refused(given):
+    with pytest.raises(UserError, match=f"augment.{given.split('=')[0]}"):
+        load_config("demo", [*GIVEN, f"augment.{given}"])
 
 
 def test_a_quarter_turn_is_that_of_torch_and_any_angle_is_scipys():
@@ -168,8 +248,7 @@ def test_a_quarter_turn_is_that_of_torch_and_any_angle_is_scipys():
 
 
 def test_free_rotation_has_its_probability_and_keeps_neighbors_apart(tiles):
-    off = ["flips=false", "rotate90=false", "jitter=0", "gray=0", "blur=[0,0,0]", "mean=[0,0,0]", "std=[1,1,1]"]
-    overrides = [f"augment.{o}" for o in off] + ["stain.augment=none", "crops.global_scale=[1,1]", "augment.rotate=0.3"]
+    overrides = [f"augment.{o}" for o in OFF] + ["stain.augment=none", "crops.global_scale=[1,1]", "augment.rotate=0.3"]
     many = tiles[:1].expand(300, -1, -1, -1)
     plain, _ = crops(many[:1], torch.arange(1), [*overrides[:-1]])
     turned, _ = crops(many, torch.arange(300), overrides)
