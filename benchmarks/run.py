@@ -1,6 +1,6 @@
 """Time Eosin beside a peer on the same work in the same process, alternately, and print one table row a comparison.
 
-    python benchmarks/run.py                   every comparison but those that need a GPU or a checkout
+    python benchmarks/run.py                   every comparison but those that need a GPU, a checkout or more packages
     python benchmarks/run.py stain read        some of them
     python benchmarks/run.py --runs 15 stain
 
@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,17 +40,13 @@ class Case(NamedTuple):
 @contextmanager
 def read() -> Iterator[Case]:
     """Raw samples of a shard set in shuffled order, against webdataset's sequential iteration."""
-    import numpy as np
     import webdataset
 
-    from eosin.data_tools.stream import order
-
-    with _tiles() as shards:
-        positions = order(np.arange(len(shards)), len(shards), seed=0)
+    with _many_tiles() as shards:
 
         def ours() -> None:
-            for tile in positions:
-                shards.image(int(tile))
+            for _ in _shuffled(shards):
+                pass
 
         def theirs() -> None:
             for _ in webdataset.WebDataset([str(t) for t in shards.tars], shardshuffle=False):
@@ -61,23 +58,54 @@ def read() -> Iterator[Case]:
 @contextmanager
 def decode() -> Iterator[Case]:
     """Read and decode, against webdataset with Pillow."""
-    import numpy as np
     import webdataset
 
-    from eosin.data_tools.stream import decode, order
+    from eosin.data_tools.stream import decode
 
-    with _tiles() as shards:
-        positions = order(np.arange(len(shards)), len(shards), seed=0)
+    with _many_tiles() as shards:
 
         def ours() -> None:
-            for tile in positions:
-                decode(shards.image(int(tile)))
+            for image in _shuffled(shards):
+                decode(image)
 
         def theirs() -> None:
             for _ in webdataset.WebDataset([str(t) for t in shards.tars], shardshuffle=False).decode("rgb8"):
                 pass
 
         yield Case("read and decode 256-px JPEGs", _version("webdataset", "Pillow"), len(shards), ours, theirs)
+
+
+@contextmanager
+def litdata(jpeg: bool) -> Iterator[Case]:
+    """Shuffled samples, raw or decoded, against litdata's StreamingDataset over its own format, without workers."""
+    import litdata
+    from peers import write_litdata
+
+    with _many_tiles() as shards:
+        folder = shards.tars[0].parents[1] / "litdata"
+        write_litdata(shards, folder, jpeg)
+        peer = litdata.StreamingDataset(str(folder), shuffle=True)
+        yield _stream_case(shards, jpeg, _version("litdata", "torchvision" if jpeg else "bytes"), lambda: iter(peer))
+
+
+@contextmanager
+def mosaic(jpeg: bool) -> Iterator[Case]:
+    """Shuffled samples, raw or decoded, against mosaicml-streaming's StreamingDataset over its own format."""
+    import numpy as np
+    import streaming
+    from peers import write_mosaic
+
+    with _many_tiles() as shards:
+        folder = shards.tars[0].parents[1] / "mosaic"
+        write_mosaic(shards, folder, jpeg)
+        streaming.base.util.clean_stale_shared_memory()
+        peer = streaming.StreamingDataset(local=str(folder), shuffle=True, batch_size=256)
+
+        def theirs() -> Iterator[object]:
+            for sample in peer:
+                yield np.asarray(sample["image"]) if jpeg else sample["image"]
+
+        yield _stream_case(shards, jpeg, _version("mosaicml-streaming", "Pillow" if jpeg else "bytes"), theirs)
 
 
 @contextmanager
@@ -164,40 +192,43 @@ def randstainna() -> Iterator[Case]:
 
 @contextmanager
 def crops() -> Iterator[Case]:
-    """DINOv2's ten crops of decoded 256-px tiles, against the same made by torchvision's transforms one by one."""
-    import torch
-    from torchvision import transforms as T
-    from torchvision.transforms.functional import to_pil_image
+    """DINOv2's ten crops of JPEGs, against its class (a checkout of facebookresearch/dinov2 in DINOV2_CHECKOUT)."""
+    import io
 
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from eosin.data_tools.stream import decode
     from eosin.ssl.augment import multi_crop
     from eosin.ssl.config import load_config
 
+    where = Path(os.environ.get("DINOV2_CHECKOUT", ""))
+    if not (where / "dinov2/data/augmentations.py").is_file():
+        sys.exit("crops: set DINOV2_CHECKOUT to a checkout of github.com/facebookresearch/dinov2")
+    sys.path.insert(0, str(where))
+    from dinov2.data.augmentations import DataAugmentationDINO
+
     config = load_config("dinov2", ["data.shards=s", "run.dir=r"])
-    images = _images(16)
-    positions = torch.arange(len(images))
-    pictures = [to_pil_image(image) for image in images]
+    peer = DataAugmentationDINO(config.crops.global_scale, config.crops.local_scale, config.crops.local_count)
+    with _tiles() as shards:
+        files = [shards.image(tile) for tile in np.linspace(0, len(shards) - 1, 32).astype(int).tolist()]
+    positions = torch.arange(len(files))
 
-    def crop(size: int, scale: tuple[float, float], blur: float) -> T.Compose:
-        jitter = T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8)
-        return T.Compose(
-            [
-                T.RandomResizedCrop(size, scale, interpolation=T.InterpolationMode.BICUBIC),
-                T.RandomHorizontalFlip(),
-                jitter,
-                T.RandomGrayscale(0.2),
-                T.RandomApply([T.GaussianBlur(9, (0.1, 2.0))], p=blur),
-                T.ToTensor(),
-                T.Normalize(config.augment.mean, config.augment.std),
-            ]
-        )
+    def ours() -> None:
+        images = np.stack([decode(file) for file in files])
+        multi_crop(torch.from_numpy(images).permute(0, 3, 1, 2), positions, config)
 
-    views = [crop(224, (0.32, 1), 1.0), crop(224, (0.32, 1), 0.1), *[crop(96, (0.05, 0.32), 0.5)] * 8]
+    def theirs() -> None:
+        for file in files:
+            peer(Image.open(io.BytesIO(file)).convert("RGB"))
+
     yield Case(
-        "2 × 224 + 8 × 96 px crops of a tile",
-        _version("torchvision", "DINOv2's list"),
-        len(images),
-        lambda: multi_crop(images, positions, config),
-        lambda: [view(picture) for picture in pictures for view in views],
+        "2 × 224 + 8 × 96 px crops from a 256-px JPEG",
+        "DINOv2 DataAugmentationDINO (Pillow)",
+        len(files),
+        ours,
+        theirs,
     )
 
 
@@ -207,7 +238,7 @@ def knn() -> Iterator[Case]:
     import numpy as np
     from sklearn.neighbors import KNeighborsClassifier
 
-    from eosin.eval.knn import knn_probabilities
+    from eosin.ssl.metrics import knn_probabilities
 
     rng = np.random.default_rng(0)
     bank, queries = (rng.standard_normal((n, 384)).astype(np.float32) for n in (20_000, 500))
@@ -233,6 +264,10 @@ def knn() -> Iterator[Case]:
 CASES = {
     "read": read,
     "decode": decode,
+    "read-litdata": partial(litdata, jpeg=False),
+    "decode-litdata": partial(litdata, jpeg=True),
+    "read-mosaic": partial(mosaic, jpeg=False),
+    "decode-mosaic": partial(mosaic, jpeg=True),
     "stain": stain,
     "stain-fit": stain_fit,
     "stain-gpu": stain_gpu,
@@ -240,6 +275,10 @@ CASES = {
     "crops": crops,
     "knn": knn,
 }
+
+
+# What needs a GPU, a checkout or packages that the tests do not (pip install litdata mosaicml-streaming).
+ON_REQUEST = {"stain-gpu", "randstainna", "crops", "read-litdata", "decode-litdata", "read-mosaic", "decode-mosaic"}
 
 
 def compare(case: Case, runs: int) -> tuple[list[float], list[float]]:
@@ -276,10 +315,26 @@ def main() -> None:
 
     torch.set_num_threads(1)
     print("| work | peer | ours | theirs | ratio | machine | date | command |\n|---|---|---|---|---|---|---|---|")
-    # What needs a GPU or a checkout runs when it is named.
-    for name in args.names or [n for n in CASES if n not in ("stain-gpu", "randstainna")]:
+    for name in args.names or [n for n in CASES if n not in ON_REQUEST]:
         with CASES[name]() as case:
             print(row(case, compare(case, args.runs), f"python benchmarks/run.py {name}"), flush=True)
+
+
+def _stream_case(shards, jpeg: bool, peer: str, theirs: Callable[[], Iterator[object]]) -> Case:
+    from eosin.data_tools.stream import decode
+
+    def ours() -> Iterator[object]:
+        return map(decode, _shuffled(shards)) if jpeg else _shuffled(shards)
+
+    def count(samples: Callable[[], Iterator[object]]) -> Callable[[], None]:
+        def run() -> None:
+            if (found := sum(1 for _ in samples())) != len(shards):
+                sys.exit(f"{peer}: {found} of {len(shards)} samples")
+
+        return run
+
+    work = "read and decode 256-px JPEGs, shuffled" if jpeg else "read raw samples, shuffled"
+    return Case(work, peer, len(shards), count(ours), count(theirs))
 
 
 def _stain_case(work: str, images, ours: Callable[[], object]) -> Case:
@@ -305,6 +360,35 @@ def _images(count: int):
 
         images = [decode(shards.image(i % len(shards))) for i in range(count)]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def _shuffled(shards) -> Iterator[bytes]:
+    """Images of an epoch as the stream reads them, by the batch."""
+    import numpy as np
+
+    from eosin.data_tools.order import Order, Source
+
+    order = Order([Source(0, len(shards))], [1.0], seed=0)
+    for positions in np.array_split(np.arange(len(shards)), -(-len(shards) // 256)):
+        tiles = order(positions)
+        yield from shards.images(tiles, shards.rows(tiles))
+
+
+@contextmanager
+def _many_tiles():
+    """The tiles of :func:`_tiles`, each twelve times, so that a pass takes long enough to be timed."""
+    from eosin.data_tools.shards import ShardSet, ShardWriter
+
+    with _tiles() as few:
+        folder = few.tars[0].parents[1] / "many"
+        folder.mkdir()
+        writer = ShardWriter(folder, shard_bytes=16 << 20)
+        for tile in range(12 * len(few)):
+            original = tile % len(few)
+            key, meta = f"tile_{tile:06d}", few.meta(original)
+            writer.add(key, few.image(original), "jpg", meta, int(few.row(original)["slide"]))
+        writer.finish(few.slides(), tile_size=few.tile_size, mpp=few.mpp, config={})
+        yield ShardSet(folder)
 
 
 @contextmanager

@@ -48,20 +48,39 @@ def generator(*words: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[hash32(*words, 0), hash32(*words, 1)]))
 
 
-def permute(index: Any, size: int, *key: int) -> Any:
+def permute(index: Any, size: int, *key: Any) -> Any:
     """Where position ``index`` (a NumPy int64 array in [0, size)) goes in a keyed permutation of ``range(size)``.
 
-    A balanced Feistel network over the next even number of bits, walked along its cycle until the value is in range:
-    constant memory, any position at once (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
+    A Feistel network over as many bits as hold the size, walked along its cycle until the value is in range: constant
+    memory, any position at once (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). A key is
+    made of integers, or of arrays in the shape of ``index`` where each position is of a permutation of its own.
     """
-    half_bits = max(1, -(-(size - 1).bit_length() // 2))
-    half_mask = (1 << half_bits) - 1
-    value = np.array(index, dtype=np.int64, copy=True, ndmin=1)
-    pending = np.ones(value.shape, dtype=bool)
-    while pending.any():
-        left, right = value[pending] >> half_bits, value[pending] & half_mask
-        for round_number in range(4):
-            left, right = right, left ^ (hash32(right, round_number, *key) & half_mask)
-        value[pending] = (left << half_bits) | right
-        pending = value >= size
-    return value.reshape(np.shape(index))
+    bits = max(2, (size - 1).bit_length())
+    shape = np.shape(index)
+    value = np.array(index, dtype=np.int64, copy=True).reshape(-1)
+    own = np.atleast_1d(np.asarray(hash32(*key), dtype=np.int64))
+    keys = [mix(own + number * 0x9E3779B9).astype(np.uint32) for number in range(4)]
+    keys = [np.broadcast_to(part, shape or 1).reshape(-1) for part in keys]
+    walking: Any = slice(None)
+    while True:
+        low, high = bits // 2, bits - bits // 2  # widths of the right and the left part, which change places
+        here = value[walking]
+        left, right = (here >> low).astype(np.uint32), (here & ((1 << low) - 1)).astype(np.uint32)
+        for round_key in keys:
+            left, right = right, left ^ (_mix32(right + round_key[walking]) & np.uint32((1 << high) - 1))
+            low, high = high, low
+        value[walking] = (left.astype(np.int64) << low) | right
+        outside = np.flatnonzero(value >= size)
+        if not len(outside):
+            return value.reshape(shape)
+        walking = outside
+
+
+def _mix32(words: np.ndarray) -> np.ndarray:
+    """:func:`mix` of uint32 words, in place."""
+    words ^= words >> np.uint32(16)
+    words *= np.uint32(0x85EBCA6B)
+    words ^= words >> np.uint32(13)
+    words *= np.uint32(0xC2B2AE35)
+    words ^= words >> np.uint32(16)
+    return words

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,14 +102,19 @@ def write_json(path: Path | str, value: Any) -> None:
 def read_json(path: Path | str, what: str) -> dict[str, Any]:
     """Read a JSON object; ``what`` names it in the one-line error raised when it is absent or broken."""
     path = Path(path)
+    return parse_json(path.read_bytes, str(path), what)
+
+
+def parse_json(read: Callable[[], bytes], where: str, what: str) -> dict[str, Any]:
+    """As :func:`read_json`, of the bytes that ``read`` brings from ``where``."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read())
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; expected {what}") from None
+        raise UserError(f"{where} does not exist; expected {what}") from None
     except (OSError, ValueError, RecursionError) as error:  # what cannot be opened, decoded or parsed
-        raise UserError(f"{path} is not readable as {what}: {error}") from None
+        raise UserError(f"{where} is not readable as {what}: {error}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} is not {what}: a JSON object was expected")
+        raise UserError(f"{where} is not {what}: a JSON object was expected")
     return value
 
 

@@ -19,19 +19,22 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from eosin.data_tools.errors import UserError
-from eosin.data_tools.files import atomic_path, read_json, sha256, write_json
+from eosin.data_tools.files import atomic_path, parse_json, sha256, write_json
+from eosin.data_tools.store import Local, open_store
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA = 1
 SHARD_BYTES = 256 << 20
+ROWS_IN_MEMORY = 1 << 20  # tiles of a set whose whole index, 44 MiB, is kept; of a larger one it is read row by row
 EXTENSIONS = ("jpg", "png")
 
 INDEX = np.dtype(
@@ -167,22 +170,26 @@ class ShardWriter:
 
 
 class ShardSet:
-    """Read a shard set: ``len``, the bytes and the facts of any tile.
+    """Read a shard set, here or behind a URL: ``len``, the bytes and the facts of any tile.
 
-    Opening reads ``dataset.json`` and maps the indices; memory does not grow with the number of tiles.
+    Opening reads ``dataset.json``; a shard is looked at when its first tile is asked for. Memory grows with the number
+    of shards, not of tiles.
 
     Raises:
         UserError: the folder is no shard set, of another schema version, or a file of it is missing or cut.
     """
 
     def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
-        if not self.folder.exists():
-            raise UserError(f"{self.folder} does not exist; make a shard set with 'eosin tile' or 'eosin pack'")
-        self.dataset = read_json(self.folder / "dataset.json", "the description of a shard set")
+        self.store = open_store(folder)
+        self.name = self.store.name
+        if isinstance(self.store, Local) and not Path(folder).exists():
+            raise UserError(f"{self.name} does not exist; make a shard set with 'eosin tile' or 'eosin pack'")
+        self.dataset = parse_json(
+            lambda: self.store.read_all("dataset.json"), f"{self.name}/dataset.json", "the description of a shard set"
+        )
         if self.dataset.get("schema") != SCHEMA or self.dataset.get("kind") != "eosin shard set":
             raise UserError(
-                f"{self.folder}/dataset.json has schema {self.dataset.get('schema')!r}; this version reads {SCHEMA}"
+                f"{self.name}/dataset.json has schema {self.dataset.get('schema')!r}; this version reads {SCHEMA}"
             )
         try:
             self.tile_size: int = self.dataset["tile_size"]
@@ -190,39 +197,90 @@ class ShardSet:
             for shard in self.dataset["shards"]:
                 if Path(shard["file"]).name != shard["file"] or len(shard["sha256"]) != 64:
                     raise KeyError(f"shard {shard['file']!r}")  # a file elsewhere is none of this set's
-            self.tars = [self.folder / s["file"] for s in self.dataset["shards"]]
-            self.indices = [self._map_index(tar, s) for tar, s in zip(self.tars, self.dataset["shards"])]
-        except (KeyError, TypeError) as error:
+            self.starts = np.cumsum([0, *(int(s["tiles"]) for s in self.dataset["shards"])])
+        except (KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"{self.folder}/dataset.json is incomplete or wrong ({error}); make the shard set again"
+                f"{self.name}/dataset.json is incomplete or wrong ({error}); make the shard set again"
             ) from None
-        self.starts = np.cumsum([0, *(len(i) for i in self.indices)])
-        self._files: dict[int, int] = {}
+        self._begins: dict[int, int] = {}  # where the rows begin in the index of each shard seen
+        there = self.store.files()
+        for shard in self.dataset["shards"] if there is not None else []:
+            for file in (shard["file"], index_name(shard["file"])):
+                if file not in there:  # type: ignore[operator]
+                    raise UserError(f"{self.name}/{file} is missing; {self._mend}")
 
     def __len__(self) -> int:
         return int(self.starts[-1])
+
+    @property
+    def folder(self) -> Path:
+        """Where the set lies on this machine. Raises UserError where it does not."""
+        if not isinstance(self.store, Local):
+            raise UserError(f"{self.name} is not on this machine; copy it here to change it or to look at its files")
+        return Path(self.name)
+
+    @property
+    def tars(self) -> list[Path]:
+        """Paths of the shards."""
+        return [self.folder / shard["file"] for shard in self.dataset["shards"]]
 
     @property
     def identity(self) -> str:
         """SHA-256 over the shards' own: the same for the same tiles, wherever they lie."""
         return hashlib.sha256(" ".join(s["sha256"] for s in self.dataset["shards"]).encode()).hexdigest()
 
+    def rows(self, tiles: np.ndarray) -> np.ndarray:
+        """Index rows of the tiles numbered ``tiles``, [n], of dtype :data:`INDEX`."""
+        tiles = np.asarray(tiles, dtype=np.int64)
+        shards = self._shards_of(tiles)
+        if len(self) <= ROWS_IN_MEMORY:
+            return self._rows[tiles]
+        size = INDEX.itemsize
+        fresh = [self.dataset["shards"][n]["file"] for n in set(shards.tolist()) - self._begins.keys()]
+        self.store.prefetch([(f, 0, 0) for f in fresh] + [(index_name(f), 0, 1) for f in fresh])
+        read = []
+        for shard, place in zip(shards.tolist(), (tiles - self.starts[shards]).tolist()):
+            file = index_name(self.dataset["shards"][shard]["file"])
+            read.append(self.store.read(file, self._begin(shard) + place * size, size))
+        return np.frombuffer(b"".join(read), dtype=INDEX)
+
+    @cached_property
+    def _rows(self) -> np.ndarray:
+        return np.concatenate([np.zeros(0, dtype=INDEX), *self.indices()])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_rows"}
+
     def row(self, tile: int) -> np.void:
         """Index row of tile number ``tile``, a scalar of dtype :data:`INDEX`."""
-        shard = int(np.searchsorted(self.starts, tile, side="right")) - 1
-        return self.indices[shard][tile - self.starts[shard]]
+        return self.rows(np.array([tile]))[0]
 
     def image(self, tile: int) -> bytes:
-        """The encoded image (JPEG or PNG) of tile number ``tile``."""
-        row = self.row(tile)
-        return _read_at(self._descriptor(tile), int(row["offset"]), int(row["size"]))
+        """The encoded image (JPEG or PNG) of tile number ``tile``. Raises EOFError or OSError where it is not there."""
+        (found,) = self.images(np.array([tile]), self.rows(np.array([tile])))
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def images(self, tiles: np.ndarray, rows: np.ndarray) -> Iterator[bytes | Exception]:
+        """The encoded images of ``tiles``, [n], with index rows ``rows``; for one out of reach, what was raised."""
+        files = [self.dataset["shards"][shard]["file"] for shard in self._shards_of(tiles).tolist()]
+        wanted = list(zip(files, rows["offset"].tolist(), rows["size"].tolist()))
+        self.store.prefetch(wanted)
+        read = self.store.read
+        for where in wanted:
+            try:
+                yield read(*where)
+            except (EOFError, OSError) as error:
+                yield error
 
     def meta(self, tile: int) -> dict[str, Any]:
         """What is stored with tile number ``tile``: its key, x, y, mpp and whatever the maker knew of it."""
         row = self.row(tile)
         # The JSON's tar header lies one block before its data and begins with the member's name.
-        block = _read_at(
-            self._descriptor(tile),
+        (shard,) = self._shards_of(np.array([tile]))
+        block = self.store.read(
+            self.dataset["shards"][shard]["file"],
             int(row["meta_offset"]) - tarfile.BLOCKSIZE,
             int(row["meta_size"]) + tarfile.BLOCKSIZE,
         )
@@ -230,23 +288,30 @@ class ShardSet:
             key = block[:100].rstrip(b"\0").decode().removesuffix(".json")
             return {"key": key} | json.loads(block[tarfile.BLOCKSIZE :])
         except ValueError:
-            raise UserError(f"tile {tile} of {self.folder} is damaged; run 'eosin verify {self.folder}'") from None
+            raise UserError(f"tile {tile} of {self.name} is damaged; {self._mend}") from None
+
+    def indices(self) -> Iterator[np.ndarray]:
+        """The index of each shard, whole, [tiles of the shard] of dtype :data:`INDEX`."""
+        files = [shard["file"] for shard in self.dataset["shards"]]
+        self.store.prefetch([(f, 0, 0) for f in files] + [(index_name(f), 0, 1 << 40) for f in files])
+        for number, shard in enumerate(self.dataset["shards"]):
+            begin = self._begin(number)
+            yield np.frombuffer(self.store.read_all(index_name(shard["file"])), dtype=INDEX, offset=begin)
 
     def column(self, name: str) -> np.ndarray:
         """One column of the whole index, [tiles]."""
-        if not self.indices:
-            return np.zeros(0, dtype=INDEX[name])
-        return np.concatenate([i[name] for i in self.indices])
+        parts = [index[name].copy() for index in self.indices()]
+        return np.concatenate([np.zeros(0, dtype=INDEX[name]), *parts])
 
     def slides(self) -> pd.DataFrame:
         """The slides table, one row a slide."""
         import pandas as pd
 
-        path = self.folder / "slides.parquet"
-        if not path.is_file():
-            raise UserError(f"{path} does not exist; the shard set is incomplete: run 'eosin verify {self.folder}'")
+        path = f"{self.name}/slides.parquet"
         try:
-            return pd.read_parquet(path)
+            return pd.read_parquet(io.BytesIO(self.store.read_all("slides.parquet")))
+        except FileNotFoundError:
+            raise UserError(f"{path} does not exist; the shard set is incomplete: {self._mend}") from None
         except (ValueError, OSError) as error:  # pyarrow's errors are of these
             raise UserError(f"{path} is not readable as Parquet ({' '.join(str(error).split())[:100]})") from None
 
@@ -260,29 +325,38 @@ class ShardSet:
         # A tile's own knowledge goes before that of its slide.
         return pd.concat([tiles, of_slide[[c for c in slides.columns if c not in tiles.columns]]], axis=1)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_files": {}}
+    @property
+    def _mend(self) -> str:
+        return f"run 'eosin verify {self.name}'"
 
-    def _descriptor(self, tile: int) -> int:
-        shard = int(np.searchsorted(self.starts, tile, side="right")) - 1
-        if shard not in self._files:
-            self._files[shard] = os.open(self.tars[shard], os.O_RDONLY)
-        return self._files[shard]
+    def _shards_of(self, tiles: np.ndarray) -> np.ndarray:
+        if len(tiles) and (tiles.min() < 0 or tiles.max() >= len(self)):
+            raise IndexError(f"{self.name} has tiles 0 to {len(self) - 1}")
+        return np.searchsorted(self.starts, tiles, side="right") - 1
 
-    def _map_index(self, tar: Path, shard: dict[str, Any]) -> np.ndarray:
-        path = index_path(tar)
-        mend = f"run 'eosin verify {self.folder}'"
-        if not tar.is_file() or not path.is_file():
-            raise UserError(f"{tar if path.is_file() else path} is missing; {mend}")
-        if tar.stat().st_size != shard["bytes"]:
-            raise UserError(f"{tar} has {tar.stat().st_size} bytes where {shard['bytes']} were written; {mend}")
+    def _begin(self, number: int) -> int:
+        """Where the rows begin in the index of shard ``number``, whose files are looked at the first time."""
+        if number in self._begins:
+            return self._begins[number]
+        shard = self.dataset["shards"][number]
+        tar, file = f"{self.name}/{shard['file']}", index_name(shard["file"])
+        path = f"{self.name}/{file}"
         try:
-            index = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise UserError(f"{path} is not readable as an index ({error}); {mend}") from None
-        if index.dtype != INDEX or len(index) != shard["tiles"]:
-            raise UserError(f"{path} does not fit {tar.name}; {mend}")
-        return index
+            if self.store.size(shard["file"]) != shard["bytes"]:
+                size = self.store.size(shard["file"])
+                raise UserError(f"{tar} has {size} bytes where {shard['bytes']} were written; {self._mend}")
+            size = self.store.size(file)
+            head = io.BytesIO(self.store.read(file, 0, min(size, 4096)))
+            if np.lib.format.read_magic(head) != (1, 0):
+                raise ValueError("of another version")
+            shape, _, dtype = np.lib.format.read_array_header_1_0(head)
+        except FileNotFoundError as error:
+            raise UserError(f"{tar if file not in str(error) else path} is missing; {self._mend}") from None
+        except (ValueError, EOFError, OSError) as error:
+            raise UserError(f"{path} is not readable as an index ({error}); {self._mend}") from None
+        if dtype != INDEX or shape != (shard["tiles"],) or size != head.tell() + shard["tiles"] * INDEX.itemsize:
+            raise UserError(f"{path} does not fit {shard['file']}; {self._mend}")
+        return self._begins.setdefault(number, head.tell())
 
 
 def write_slides(folder: Path, slides: pd.DataFrame) -> None:
@@ -293,7 +367,12 @@ def write_slides(folder: Path, slides: pd.DataFrame) -> None:
 
 def index_path(tar: Path) -> Path:
     """Path of the index beside a tar."""
-    return tar.with_suffix(".index.npy")
+    return tar.with_name(index_name(tar.name))
+
+
+def index_name(tar: str) -> str:
+    """Name of the index beside a tar."""
+    return f"{tar.removesuffix('.tar')}.index.npy"
 
 
 def members(tar: Path) -> Iterator[tuple[str, bytes]]:

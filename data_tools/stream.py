@@ -1,27 +1,29 @@
 """The tile stream: global batches whose content is arithmetic, so that resuming needs one integer.
 
-Position ``p`` of the endless stream over N tiles is in epoch ``p // N`` at place ``p % N``, and a keyed permutation of
-that epoch says which tile it is. Step ``s`` of global batch size B covers positions ``[s·B, (s+1)·B)``, of which each
-rank takes an equal slice. Nothing depends on workers, ranks or the past.
+An :class:`~eosin.data_tools.order.Order` says which tile stands at position ``p`` of the endless stream. Step ``s`` of
+global batch size B covers positions ``[s·B, (s+1)·B)``, of which each rank takes an equal slice. Nothing depends on
+workers, ranks or the past.
 """
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from typing import TypedDict
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from eosin.data_tools.draws import permute, purpose
 from eosin.data_tools.errors import UserError
-from eosin.data_tools.shards import ShardSet
+from eosin.data_tools.mixture import EVENLY, Mixture, Sampling
+from eosin.data_tools.order import Order
 
-ORDER = purpose("stream order")
 MAX_SIDE = 8192  # pixels; a tile larger than this is refused before it is decoded
-BAD_BOUND = 1e-3
+REPLACEMENTS = 16  # positions that are tried after one whose tile cannot be used
+JPEG = b"\xff\xd8\xff"  # what each begins with; bytes behind its end are no harm
+UNUSABLE = (ValueError, EOFError, OSError)  # what a tile that is broken or out of reach raises
 
 
 class Batch(TypedDict):
@@ -34,16 +36,6 @@ class Batch(TypedDict):
     bad: list[tuple[int, str]]  # (tile, reason) of tiles replaced by a later one
 
 
-def order(positions: np.ndarray, tiles: int, seed: int) -> np.ndarray:
-    """Tile numbers, [n] int64, at ``positions``, [n], of the endless stream."""
-    positions = np.asarray(positions, dtype=np.int64)
-    out = np.empty_like(positions)
-    for epoch in np.unique(positions // tiles):
-        now = positions // tiles == epoch
-        out[now] = permute(positions[now] % tiles, tiles, ORDER, seed, int(epoch))
-    return out
-
-
 def decode(image: bytes) -> np.ndarray:
     """Decode a JPEG or PNG to RGB, [H, W, 3] uint8. The size is checked before any pixel is decoded.
 
@@ -51,7 +43,7 @@ def decode(image: bytes) -> np.ndarray:
     """
     import simplejpeg
 
-    if simplejpeg.is_jpeg(image):
+    if image.startswith(JPEG):
         height, width, _, _ = simplejpeg.decode_jpeg_header(image)
         _check_side(height, width)
         return simplejpeg.decode_jpeg(image, colorspace="RGB")
@@ -63,51 +55,85 @@ def decode(image: bytes) -> np.ndarray:
         with Image.open(io.BytesIO(image), formats=["PNG"]) as picture:
             _check_side(picture.height, picture.width)
             return np.asarray(picture.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"not a readable JPEG or PNG: {error}") from None
+    except UnidentifiedImageError:  # whose text holds an address, so that no two would be alike
+        raise ValueError("not a JPEG or PNG") from None
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"not a readable PNG: {error}") from None
+
+
+def decode_tile(image: bytes | Exception, crc32: int, size: int) -> np.ndarray:
+    """Decode a tile, [size, size, 3] uint8.
+
+    Raises what reading it raised, or ValueError with the reason when it is broken, of another size, or not what was
+    written.
+    """
+    if isinstance(image, Exception):
+        raise image
+    if zlib.crc32(image) != crc32:
+        raise ValueError("its bytes are not those that were written (crc32 differs)")
+    tile = decode(image)
+    if tile.shape != (size, size, 3):
+        raise ValueError(f"is {tile.shape[1]}×{tile.shape[0]} px, not {size}×{size}")
+    return tile
 
 
 class Tiles(Dataset):
-    """Tiles of a shard set by position in the stream, one batch a call.
+    """Tiles of shard sets by position in the stream, one batch a call.
 
-    A tile that cannot be used is replaced by the tile after it in the order and reported in the batch.
+    A tile that cannot be used is replaced by that of the next position, and reported in the batch.
     """
 
-    def __init__(self, shards: ShardSet, seed: int) -> None:
-        self.shards, self.seed = shards, seed
+    def __init__(self, shards: Mixture, order: Order) -> None:
+        self.shards, self.order = shards, order
 
     def __getitem__(self, positions: np.ndarray) -> Batch:
         size = self.shards.tile_size
         images = np.empty((len(positions), size, size, 3), dtype=np.uint8)
-        tiles, slides = np.empty(len(positions), dtype=np.int64), np.empty(len(positions), dtype=np.int64)
+        tiles = self.order(positions)
+        rows = self.shards.rows(tiles)
+        slides = rows["slide"].astype(np.int64)
         bad: list[tuple[int, str]] = []
-        for i, tile in enumerate(order(positions, len(self.shards), self.seed)):
-            images[i], tiles[i] = self._usable(int(tile), bad)
-            slides[i] = self.shards.row(int(tiles[i]))["slide"]
+        read = zip(self.shards.images(tiles, rows), rows["crc32"].tolist())
+        for i, (image, crc32) in enumerate(read):
+            try:
+                images[i] = decode_tile(image, crc32, size)
+            except UNUSABLE as error:
+                bad.append((int(tiles[i]), str(error)))
+                images[i], tiles[i], slides[i] = self._after(int(positions[i]), bad)
         return Batch(
-            images=torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
+            images=torch.from_numpy(images).permute(0, 3, 1, 2),  # as decoders leave them, which resizing likes
             position=torch.from_numpy(positions),
             tile=torch.from_numpy(tiles),
             slide=torch.from_numpy(slides),
             bad=bad,
         )
 
-    def _usable(self, tile: int, bad: list[tuple[int, str]]) -> tuple[np.ndarray, int]:
-        size = self.shards.tile_size
-        for step in range(len(self.shards)):
-            candidate = (tile + step) % len(self.shards)
+    def _after(self, position: int, bad: list[tuple[int, str]]) -> tuple[np.ndarray, int, int]:
+        """Image, tile and slide of the first position after ``position`` whose tile can be used."""
+        following = self.order(np.arange(position + 1, position + 1 + REPLACEMENTS))
+        rows = self.shards.rows(following)
+        for i, (tile, row) in enumerate(zip(following.tolist(), rows)):
+            (image,) = self.shards.images(following[i : i + 1], rows[i : i + 1])
             try:
-                image = decode(self.shards.image(candidate))
-                if image.shape != (size, size, 3):
-                    raise ValueError(f"is {image.shape[1]}×{image.shape[0]} px, not {size}×{size}")
-                return image, candidate
-            except (ValueError, EOFError) as error:
-                bad.append((candidate, str(error)))
-        raise UserError(f"no tile of {self.shards.folder} can be decoded; run 'eosin verify {self.shards.folder}'")
+                return decode_tile(image, int(row["crc32"]), self.shards.tile_size), tile, int(row["slide"])
+            except UNUSABLE as error:
+                bad.append((tile, str(error)))
+        raise UserError(
+            f"{REPLACEMENTS + 1} tiles of {self.shards.name} in a row cannot be used, the last one "
+            f"'{bad[-1][1]}'; run 'eosin verify'"
+        )
 
 
 def batches(
-    shards: ShardSet, *, batch: int, steps: range, seed: int, rank: int = 0, ranks: int = 1, workers: int = 0
+    shards: Mixture,
+    *,
+    batch: int,
+    steps: Sequence[int],
+    seed: int,
+    sampling: Sampling = EVENLY,
+    rank: int = 0,
+    ranks: int = 1,
+    workers: int = 0,
 ) -> Iterator[Batch]:
     """This rank's slice of the global batches of ``steps``.
 
@@ -117,29 +143,28 @@ def batches(
         workers: decoding processes; they change the speed, never the content.
 
     Raises:
-        UserError: the set is empty, or ``batch`` does not divide by ``ranks``.
+        UserError: a set is empty, ``batch`` does not divide by ``ranks``, or ``sampling`` asks for what is not there;
+            while iterating, when nothing can be read any more.
     """
-    if not len(shards):
-        raise UserError(f"{shards.folder} holds no tiles")
     if batch % ranks:
         valid = max(ranks, round(batch / ranks) * ranks)
         raise UserError(f"data.batch {batch} does not divide by {ranks} processes; the nearest that does is {valid}")
     share = batch // ranks
     loader: DataLoader[Batch] = DataLoader(
-        Tiles(shards, seed),
+        Tiles(shards, shards.order(seed, sampling)),
         sampler=Slices(steps, batch, rank * share, share),
         batch_size=None,
         num_workers=workers,
         worker_init_fn=_leave_signals_to_the_rank,
         multiprocessing_context="spawn" if workers else None,
     )
-    return iter(loader)
+    return _in_one_line(iter(loader))
 
 
 class Slices(Sampler[np.ndarray]):
     """Positions of one rank's slice of each step, in constant memory."""
 
-    def __init__(self, steps: range, batch: int, offset: int, share: int) -> None:
+    def __init__(self, steps: Sequence[int], batch: int, offset: int, share: int) -> None:
         self.steps, self.batch, self.offset, self.share = steps, batch, offset, share
 
     def __len__(self) -> int:
@@ -151,9 +176,19 @@ class Slices(Sampler[np.ndarray]):
             yield np.arange(first, first + self.share, dtype=np.int64)
 
 
+def _in_one_line(loader: Iterator[Batch]) -> Iterator[Batch]:
+    """A user's error that a worker met comes wrapped in the worker's traceback; its last line is the error's own."""
+    try:
+        yield from loader
+    except UserError as error:
+        raise UserError(
+            str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
+        ) from None
+
+
 def _leave_signals_to_the_rank(worker: int) -> None:
     """SLURM sends SIGTERM to every process of a task; a worker that died of it would keep its rank from saving."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -6,8 +6,8 @@ Tiles that cannot be used are left out, listed with their reason, and bounded; n
 from __future__ import annotations
 
 import csv
+import hashlib
 import itertools
-import zlib
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,10 +20,10 @@ import torch
 
 from eosin.data_tools.embeddings import Embeddings, read_embeddings, write_embeddings
 from eosin.data_tools.errors import UserError
-from eosin.data_tools.files import atomic_path, sha256
+from eosin.data_tools.files import atomic_path
 from eosin.data_tools.progress import progress
 from eosin.data_tools.shards import ShardSet
-from eosin.data_tools.stream import decode
+from eosin.data_tools.stream import UNUSABLE, decode_tile
 from eosin.eval.encoders import Encoder
 from eosin.ssl.stain.normalizer import REASONS, Normalizer, make_normalizer
 
@@ -70,7 +70,7 @@ def embed(encoder: Encoder, shards: ShardSet, out: Path, batch_size: int = 64) -
             raise UserError(f"{out} holds other embeddings (of '{there.name}'); give another --out, or remove it first")
         return Summary(len(there.features), there.features.shape[1], [], cached=True)
     if not len(shards):
-        raise UserError(f"{shards.folder} holds no tiles")
+        raise UserError(f"{shards.name} holds no tiles")
 
     numbers, rows, refused = [], [], []
     raw: Counter[str] = Counter()
@@ -80,14 +80,14 @@ def embed(encoder: Encoder, shards: ShardSet, out: Path, batch_size: int = 64) -
         refused += [(shards.meta(tile)["key"], reason) for tile, reason in bad]
         if len(refused) > max(BAD_ALWAYS_ALLOWED, BAD_BOUND * len(shards)):
             raise UserError(
-                f"{len(refused)} of the first {tiles[-1] + 1 if len(tiles) else batch_size} tiles of {shards.folder} "
-                f"cannot be used, the last one '{refused[-1][0]}': {refused[-1][1]}; run 'eosin verify {shards.folder}'"
+                f"{len(refused)} of the first {tiles[-1] + 1 if len(tiles) else batch_size} tiles of {shards.name} "
+                f"cannot be used, the last one '{refused[-1][0]}': {refused[-1][1]}; run 'eosin verify {shards.name}'"
             )
         if len(tiles):
             numbers.append(tiles)
             rows.append(_features(encoder, normalizer, images, shards, tiles, raw))
     if not numbers:
-        raise UserError(f"no tile of {shards.folder} can be used; run 'eosin verify {shards.folder}'")
+        raise UserError(f"no tile of {shards.name} can be used; run 'eosin verify {shards.name}'")
     kept = np.concatenate(numbers)
     features = np.concatenate(rows)  # [N, D]
     if not np.isfinite(features).all():
@@ -109,7 +109,7 @@ def refused_path(out: Path) -> Path:
 
 def _data_fingerprint(shards: ShardSet) -> dict[str, Any]:
     shards.slides()  # says in a line what is wrong with the table
-    return {"shards": shards.identity, "slides": sha256(shards.folder / "slides.parquet")}
+    return {"shards": shards.identity, "slides": hashlib.sha256(shards.store.read_all("slides.parquet")).hexdigest()}
 
 
 def _features(
@@ -122,7 +122,7 @@ def _features(
 ) -> np.ndarray:
     pixels = torch.from_numpy(images).to(encoder.device).permute(0, 3, 1, 2).contiguous()  # [B, 3, T, T]
     if normalizer:
-        slides = np.array([shards.row(int(t))["slide"] for t in tiles], dtype=np.int64)
+        slides = shards.rows(tiles)["slide"].astype(np.int64)
         pixels, reason = normalizer(pixels, torch.from_numpy(slides))
         raw.update(REASONS[r] for r in reason.tolist() if r)
     return encoder(pixels).cpu().numpy()
@@ -133,8 +133,11 @@ def _batches(shards: ShardSet, batch_size: int) -> Iterator[tuple[np.ndarray, np
     with ThreadPoolExecutor(THREADS) as pool:
 
         def submit(first: int) -> list[tuple[int, Future[np.ndarray]]]:
-            last = min(first + batch_size, len(shards))
-            return [(tile, pool.submit(_tile, shards, tile)) for tile in range(first, last)]
+            tiles = np.arange(first, min(first + batch_size, len(shards)))
+            rows = shards.rows(tiles)
+            # Bytes are read here, since a shard set belongs to one thread; decoding is what takes time.
+            read = zip(tiles.tolist(), shards.images(tiles, rows), rows["crc32"].tolist())
+            return [(tile, pool.submit(decode_tile, image, crc32, shards.tile_size)) for tile, image, crc32 in read]
 
         waiting = deque(itertools.islice(map(submit, starts := iter(range(0, len(shards), batch_size))), AHEAD))
         while waiting:
@@ -143,18 +146,7 @@ def _batches(shards: ShardSet, batch_size: int) -> Iterator[tuple[np.ndarray, np
                 try:
                     images.append(future.result())
                     good.append(tile)
-                except (ValueError, EOFError) as error:
+                except UNUSABLE as error:
                     bad.append((tile, str(error)))
             waiting.extend(map(submit, itertools.islice(starts, 1)))
             yield np.array(good, dtype=np.int64), np.stack(images) if images else np.empty(0), bad
-
-
-def _tile(shards: ShardSet, tile: int) -> np.ndarray:
-    """Decode one tile, [T, T, 3]. Raises ValueError or EOFError with the reason."""
-    encoded = shards.image(tile)
-    if zlib.crc32(encoded) != shards.row(tile)["crc32"]:
-        raise ValueError("its bytes are not those that were written (crc32)")
-    image = decode(encoded)
-    if image.shape != (shards.tile_size, shards.tile_size, 3):
-        raise ValueError(f"is {image.shape[1]}×{image.shape[0]} px, not {shards.tile_size}×{shards.tile_size}")
-    return image

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from eosin.data_tools.draws import purpose
 from eosin.data_tools.errors import UserError, nearest
 from eosin.data_tools.files import read_json
+from eosin.ssl.whole_tiles import preprocess
 
 POOLINGS = ("cls", "mean", "cls+mean")
 KINDS = "a run folder, a release folder, random:FOLDER, timm:NAME or color"
@@ -108,15 +108,6 @@ def color_statistics(tiles: torch.Tensor) -> torch.Tensor:
     percentiles = [(reached < q * values.shape[1]).sum(dim=1) for q in (0.1, 0.9)]
     statistics = torch.stack([mean, deviation, *percentiles]) / 255  # [4, B·3]
     return statistics.view(4, len(tiles), 3).transpose(0, 1).flatten(1)
-
-
-def preprocess(tiles: torch.Tensor, size: int, mean: list[float], std: list[float]) -> torch.Tensor:
-    """Resize whole uint8 tiles [B, 3, H, W] to ``size`` (bicubic, antialiased) and standardize their colors."""
-    images = tiles.float() / 255
-    if images.shape[-2:] != (size, size):
-        images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
-    shape = (1, 3, 1, 1)
-    return (images - images.new_tensor(mean).view(shape)) / images.new_tensor(std).view(shape)
 
 
 def pool(model: nn.Module, tokens: torch.Tensor, pooling: str) -> torch.Tensor:

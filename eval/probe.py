@@ -67,8 +67,11 @@ class Answer:
 
 
 def run_knn(question: Question, ks: Sequence[int] = (20,), device: str = "cpu") -> dict[str, Any]:
-    """Probe by k nearest neighbors, every k in one pass; see :mod:`eosin.eval.knn`. Write and return the results."""
-    from eosin.eval.knn import TEMPERATURE, knn_probabilities
+    """Probe by k nearest neighbors, every k in one pass; write and return the results.
+
+    See :func:`~eosin.ssl.metrics.knn_probabilities`.
+    """
+    from eosin.ssl.metrics import TEMPERATURE, knn_probabilities
 
     task, folds = _prepare(question)
     smallest = len(folds) - int(np.bincount(folds).max())

@@ -20,6 +20,7 @@ VERBS = {
     "tile": ("eosin.launch.verbs.tile", "slides -> shard set"),
     "pack": ("eosin.launch.verbs.pack", "image folder -> shard set"),
     "verify": ("eosin.launch.verbs.verify", "checksums, index and decoding of a shard set"),
+    "inspect": ("eosin.launch.verbs.inspect", "pictures: what the model sees of a shard set"),
     "stain": ("eosin.launch.verbs.stain", "per-slide stain fits, audit, references, normalized copies"),
     "train": ("eosin.launch.verbs.train", "pretraining from a recipe; resumes by itself"),
     "embed": ("eosin.launch.verbs.embed", "encoder x shard set -> embeddings"),

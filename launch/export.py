@@ -13,9 +13,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from eosin.data_tools.errors import UserError
 from eosin.data_tools.files import atomic_dir, read_json, write_json
+from eosin.data_tools.mixture import Mixture
 from eosin.data_tools.results import read_results
-from eosin.data_tools.shards import ShardSet
 
 SCHEMA = 1
 
@@ -91,17 +92,17 @@ def _preprocessing(run: Path, config: Any) -> dict[str, Any]:
     }
 
 
-def _data(shards: str) -> dict[str, Any]:
+def _data(shards: str | dict[str, float]) -> dict[str, Any]:
     """What the card says of the training data; a shard set that has moved away is said to have."""
-    folder = Path(shards)
-    if not (folder / "dataset.json").is_file():
+    try:
+        data = Mixture({shards: 1.0} if isinstance(shards, str) else shards)
+    except UserError:
         return {"found": False}
-    data = ShardSet(folder)
     table = data.slides()
     return {
         "found": True,
         "tiles": len(data),
-        "mpp": data.mpp,
+        "mpp": sorted({s.mpp for s in data.sets if s.mpp}),
         "tile_size": data.tile_size,
         "synthetic": "synthetic" in table and table["synthetic"].astype(str).str.lower().isin(["true", "1"]).any(),
         "counts": {

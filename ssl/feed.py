@@ -6,18 +6,20 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-from eosin.data_tools.shards import ShardSet
+from eosin.data_tools.mixture import Mixture, Sampling
 from eosin.data_tools.stream import Batch, batches
 from eosin.ssl import distributed
 from eosin.ssl.augment import multi_crop
 from eosin.ssl.config import Config, patch_size
+from eosin.ssl.held_out import held_out_slides
 from eosin.ssl.masks import block_masks
+from eosin.ssl.rewind import Rewind, batch_of
 from eosin.ssl.stain.augment import Augmenter, make_augmenter
 from eosin.ssl.stain.normalizer import Normalizer, make_normalizer
 
@@ -34,7 +36,7 @@ class Phase:
 
     steps: range
     config: Config
-    shards: ShardSet
+    shards: Mixture
     normalizer: Normalizer | None
     augmenter: Augmenter | None
 
@@ -69,7 +71,8 @@ def phases(config: Config, normalization: dict[str, Any] | None, device: torch.d
 
 
 def _phase(steps: range, config: Config, normalization: dict[str, Any] | None, device: torch.device) -> Phase:
-    shards = ShardSet(config.data.shards)
+    given = config.data.shards
+    shards = Mixture({given: 1.0} if isinstance(given, str) else given)
     normalizer = make_normalizer(normalization, shards)
     augmenter = make_augmenter(config.stain, shards, normalizer)
     return Phase(steps, config, shards, normalizer, augmenter.to(device) if augmenter else None)
@@ -85,8 +88,24 @@ def stain_notes(phase: Phase) -> Iterator[str]:
             yield f"stain: the tiles of {count} of {len(phase.normalizer.reason)} slides stay raw: {reason}"
 
 
-def stream(phases: list[Phase], start: int) -> Iterator[tuple[Phase, Batch]]:
+def sampling(config: Config, shards: Mixture) -> Sampling:
+    """How a recipe draws tiles."""
+    data = config.data
+    return Sampling(
+        block=data.shuffle_block,
+        window=data.shuffle_window,
+        balance=data.balance,
+        cap=data.slide_cap,
+        weights=data.weights,
+        clusters=data.clusters,
+        leave_out=held_out_slides(shards, config.health.held_out, config.run.seed),
+    )
+
+
+def stream(phases: list[Phase], start: int, rewinds: Sequence[Rewind] = ()) -> Iterator[tuple[Phase, Batch]]:
     """This process's share of the global batches from step ``start`` on, each with its phase.
+
+    ``rewinds`` of the run say which batches are passed over.
 
     Raises UserError at once where a shard set is empty or the batch does not divide by the processes.
     """
@@ -96,8 +115,9 @@ def stream(phases: list[Phase], start: int) -> Iterator[tuple[Phase, Batch]]:
             batches(
                 phase.shards,
                 batch=phase.config.data.batch,
-                steps=range(max(phase.steps.start, start), phase.steps.stop),
+                steps=[batch_of(step, rewinds) for step in range(max(phase.steps.start, start), phase.steps.stop)],
                 seed=phase.config.run.seed,
+                sampling=sampling(phase.config, phase.shards),
                 rank=distributed.rank(),
                 ranks=distributed.ranks(),
                 workers=phase.config.data.workers,

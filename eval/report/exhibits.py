@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -14,6 +14,7 @@ import pandas as pd
 
 from eosin.data_tools import qc
 from eosin.data_tools.errors import Refusal
+from eosin.data_tools.mixture import Mixture
 from eosin.data_tools.shards import slide_key
 from eosin.data_tools.slide import read_image
 from eosin.eval.probe import attention_path
@@ -21,8 +22,11 @@ from eosin.eval.report import pictures, plots
 from eosin.eval.report.findings import Results, role_of
 from eosin.eval.report.material import Material
 from eosin.eval.report.page import Block, Gallery, Legend, Picture, Section, Table, Words, chart, photo
-from eosin.ssl import health
 from eosin.ssl.config import Stain, patch_size
+from eosin.ssl.crops_sheet import views
+from eosin.ssl.feed import Phase
+from eosin.ssl.health import Monitors
+from eosin.ssl.stain.augment import make_augmenter
 from eosin.ssl.stain.normalizer import Normalizer, describe, make_normalizer
 from eosin.ssl.stain.reference import BUILT_IN
 
@@ -41,7 +45,7 @@ def masks(m: Material) -> Section:
     """What was taken for tissue on a few slides."""
     title = "Tissue masks"
     lead = "Where tissue was seen and which tiles were kept; look for tissue that was missed and dirt that was not."
-    folder = m.shards.folder / "qc"
+    folder = Path(m.shards.name) / "qc"
     names = m.column("slide")
     with_picture = [n for n in m.used.index if (folder / f"{slide_key(str(names[n]))}.png").is_file()]
     if not with_picture:
@@ -82,7 +86,7 @@ def stain(m: Material) -> Section:
         drawn = plots.stains(vectors, maxima, sites, (np.array(target.vectors), np.array(target.maxima)))
         blocks.append(Gallery([chart(drawn, "stain vectors and colors of each slide, by site")], 2000))
     else:
-        blocks.append(Words([f"No slide has a stain fit yet: 'eosin stain fit {m.shards.folder}' adds them."]))
+        blocks.append(Words([f"No slide has a stain fit yet: 'eosin stain fit {m.shards.name}' adds them."]))
     blocks += _switched_off(m)
     for other in m.beside:
         aside = replace(m, shards=other, slides=other.slides().reset_index(drop=True), beside=())
@@ -98,7 +102,10 @@ def crops(m: Material) -> Section:
         "guess what is under the gray patches."
     )
     rows: list[list[str | list[Picture]]] = []
-    for view in pictures.views(m.shards, m.config, m.normalizer, CROP_TILES):
+    shards = Mixture({m.shards.name: 1.0})
+    augmenter = make_augmenter(m.config.stain, shards, m.normalizer)
+    phase = Phase(range(m.config.run.steps), m.config, shards, m.normalizer, augmenter)
+    for view in views(phase, CROP_TILES):
         first = [_crop(view.raw, "tile as stored")]
         if m.normalizer:
             first.append(_crop(view.normalized, "tile normalized"))
@@ -146,7 +153,7 @@ def tokens(m: Material) -> Section:
     laid = [(slide, _mosaic(m, slide)) for slide in chosen]
     there = [(slide, mosaic) for slide, mosaic in laid if mosaic is not None]
     if not there:
-        return Section("tokens", title, lead, [Words([f"No tile can be read: run 'eosin verify {m.shards.folder}'."])])
+        return Section("tokens", title, lead, [Words([f"No tile can be read: run 'eosin verify {m.shards.name}'."])])
     painted, share = pictures.token_pictures(m.teacher, m.config, m.normalizer, there)
     found = []
     for (slide, mosaic), image in zip(there, painted):
@@ -230,11 +237,10 @@ def _switched_off(m: Material) -> list[Block]:
 def _health(m: Material) -> list[str]:
     """Each warning once, with the step that first gave rise to it."""
     first: dict[str, tuple[int, str]] = {}
+    monitors = Monitors(m.config)
     for record in m.records:
-        known = {k: math.nan if v is None else v for k, v in record.items()} | {"warmup": m.config.optim.warmup}
-        for sentence in health.warnings(known, m.config.objective.prototypes):
-            kind = re.sub(r"\d+", "", sentence)  # counts grow from record to record
-            first[kind] = (first.get(kind, (record["step"], ""))[0], sentence)
+        for name, sentence in monitors.look(record).items():
+            first[name] = (first.get(name, (record["step"], ""))[0], sentence)
     return [f"From step {step:,}: {sentence}." for step, sentence in first.values()]
 
 

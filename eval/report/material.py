@@ -70,7 +70,8 @@ class Material:
     def same_tiles(self) -> bool:
         """Whether the tiles shown are those the run was trained on."""
         trained_on = self.about.get("facts", {}).get("shard set")
-        return trained_on is None or trained_on == self.shards.identity
+        several = isinstance(self.config.data.shards, dict)
+        return several or trained_on is None or trained_on == self.shards.identity
 
     @property
     def used(self) -> pd.DataFrame:
@@ -126,12 +127,14 @@ def gather(
     not one.
     """
     config = read_run_config(run)
-    folder = shards or Path(config.data.shards)
-    if not folder.exists():
-        raise UserError(f"the run's shard set {folder} does not exist; give its place with --shards SHARDS")
-    shard_set = ShardSet(folder)
+    given = config.data.shards
+    # Of several sets the one with the largest share is shown.
+    name = str(shards) if shards else given if isinstance(given, str) else max(given, key=given.__getitem__)
+    if "://" not in name and not Path(name).exists():
+        raise UserError(f"the run's shard set {name} does not exist; give its place with --shards SHARDS")
+    shard_set = ShardSet(name)
     if not len(shard_set):
-        raise UserError(f"{folder} holds no tiles")
+        raise UserError(f"{name} holds no tiles")
     if release is not None and not (release / "config.json").is_file():
         raise UserError(f"{release} is no release: it has no config.json; make one with 'eosin export {run}'")
     found = checkpoint.steps(run)

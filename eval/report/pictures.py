@@ -1,4 +1,4 @@
-"""Tiles as pictures for the report: mosaics of a slide, crops as the model sees them, patch tokens, attention.
+"""Tiles as pictures for the report: mosaics of a slide, patch tokens, attention.
 
 Everything here turns tiles of a shard set into uint8 RGB arrays; nothing is written and nothing is trained.
 """
@@ -16,18 +16,13 @@ from timm.models.vision_transformer import VisionTransformer
 
 from eosin.data_tools.draws import purpose, uniform
 from eosin.data_tools.shards import ShardSet
-from eosin.data_tools.stream import Batch, Tiles, decode, order
-from eosin.eval.encoders import preprocess
-from eosin.ssl.augment import multi_crop
+from eosin.data_tools.stream import decode
 from eosin.ssl.config import Config, patch_size
-from eosin.ssl.masks import block_masks
-from eosin.ssl.stain.augment import make_augmenter
-from eosin.ssl.stain.density import TISSUE, optical_density
 from eosin.ssl.stain.normalizer import Normalizer
+from eosin.ssl.whole_tiles import on_tissue, preprocess, token_colors
 
 MOST_TILES = 144  # of a slide in one mosaic; of a larger slide its fullest square window is shown
 MOSAIC_PIXELS = 720
-BACKGROUND = 238  # gray of what is no tissue in the picture of patch tokens
 HEAT = (213, 94, 0)  # Okabe and Ito's vermilion
 PICK = purpose("report tile")
 BATCH = 36
@@ -61,17 +56,6 @@ class Mosaic:
             small = cv2.resize(image, (side, side), interpolation=method)
             out[row * side : (row + 1) * side, column * side : (column + 1) * side] = small
         return out
-
-
-@dataclass(frozen=True)
-class Views:
-    """One tile as it is stored, as it is normalized, and its crops, all uint8 RGB; masked patches are gray."""
-
-    slide: int
-    raw: np.ndarray
-    normalized: np.ndarray
-    global_crops: list[np.ndarray]
-    local_crops: list[np.ndarray]
 
 
 def mosaic(shards: ShardSet, slide: int, slide_mpp: float = math.nan) -> Mosaic | None:
@@ -132,45 +116,13 @@ def normalized(normalizer: Normalizer, images: np.ndarray, slides: Sequence[int]
     return done.permute(0, 2, 3, 1).numpy()
 
 
-def views(shards: ShardSet, config: Config, normalizer: Normalizer | None, count: int) -> list[Views]:
-    """The crops and masks that training made of ``count`` tiles of its first epoch, from as many slides as can be."""
-    seen = np.arange(min(len(shards), config.run.steps * config.data.batch, 64 * count), dtype=np.int64)
-    slide_of = shards.column("slide")[order(seen, len(shards), config.run.seed)]
-    _, first = np.unique(slide_of, return_index=True)
-    rest = np.setdiff1d(seen, first)
-    positions = np.concatenate([np.sort(first), rest])[:count]
-    batch: Batch = Tiles(shards, config.run.seed)[positions]
-    raw, slides = batch["images"], batch["slide"]
-    images = normalizer(raw, slides).images if normalizer else raw
-    augmenter = make_augmenter(config.stain, shards, normalizer)
-    stain = augmenter.of(images, slides) if augmenter else None
-    global_crops, local_crops = multi_crop(images, batch["position"], config, stain)
-    objective, patch = config.objective, patch_size(config.model)
-    grid = config.crops.global_size // patch
-    masks = block_masks(
-        batch["position"],
-        2,
-        grid,
-        seed=config.run.seed,
-        probability=objective.mask_probability if objective.ibot else 0.0,
-        ratio=objective.mask_ratio,
-    ).view(2, -1, grid, grid)
-    out = []
-    for i in range(len(positions)):
-        shown = [_masked(_pixels(c[i], config), m[i].numpy(), patch) for c, m in zip(global_crops, masks)]
-        local = [_pixels(c[i], config) for c in local_crops]
-        stored, done = (t[i].permute(1, 2, 0).numpy() for t in (raw, images))
-        out.append(Views(int(slides[i]), stored, done, shown, local))
-    return out
-
-
 @torch.inference_mode()
 def token_pictures(
     backbone: VisionTransformer, config: Config, normalizer: Normalizer | None, mosaics: list[tuple[int, Mosaic]]
 ) -> tuple[list[np.ndarray], float]:
     """The first three principal components of patch tokens as RGB, one basis for all slides.
 
-    The basis is fitted on tokens over tissue, and each component is stretched from its 2nd to its 98th percentile.
+    See :func:`~eosin.ssl.whole_tiles.token_colors`.
 
     Args:
         mosaics: (slide number, mosaic) of each slide.
@@ -188,27 +140,14 @@ def token_pictures(
                 images = normalizer(images, torch.full((len(images),), slide)).images
             features = backbone.forward_features(preprocess(images, size, config.augment.mean, config.augment.std))
             tokens.append(features[:, backbone.num_prefix_tokens :].flatten(0, 1).double())
-            density = optical_density(images).mean(dim=1, keepdim=True)
-            tissue.append(torch.nn.functional.adaptive_avg_pool2d(density, grid).flatten() > TISSUE)
-    features, shown = torch.cat(tokens), torch.cat(tissue)
-    fitted = features[shown] if int(shown.sum()) > 3 else features
-    mean = fitted.mean(dim=0)
-    values, vectors = torch.linalg.eigh(torch.cov(fitted.T))
-    basis = vectors[:, -3:].flip(1)  # [D, 3]
-    # An eigenvector's sign is arbitrary; this makes the picture the same everywhere.
-    largest = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))
-    scores = (features - mean) @ (basis * largest.sign())
-    over = scores[shown] if int(shown.sum()) > 3 else scores
-    low, high = torch.quantile(over[:: max(1, len(over) // 100_000)], torch.tensor([0.02, 0.98]).double(), dim=0)
-    # One scale for all three, so that a distance in color is one in features; the weaker ones are not blown up.
-    colors = (((scores - (low + high) / 2) / (high - low).max().clamp(min=1e-12)).clamp(-0.5, 0.5) + 0.5) * 215 + 20
-    colors[~shown] = BACKGROUND
-    pixels = colors.round().to(torch.uint8).view(-1, grid, grid, 3).numpy()
+            tissue.append(on_tissue(images, grid))
+    colors, _, share = token_colors(torch.cat(tokens), torch.cat(tissue))
+    pixels = colors.view(-1, grid, grid, 3).numpy()
     pictures, start = [], 0
     for _, laid in mosaics:
         pictures.append(laid.paint(pixels[start : start + len(laid.images)]))
         start += len(laid.images)
-    return pictures, float(values[-3:].sum() / values.clamp(min=0).sum().clamp(min=1e-12))
+    return pictures, share
 
 
 def heat(laid: Mosaic, relative: np.ndarray, full: float) -> np.ndarray:
@@ -247,19 +186,3 @@ def _window(cells: np.ndarray, side: int) -> np.ndarray:
     top, left = np.unravel_index(counts.argmax(), counts.shape)
     inside = (cells >= (top, left)).all(axis=1) & (cells < (top + height, left + width)).all(axis=1)
     return np.flatnonzero(inside)
-
-
-def _pixels(crop: torch.Tensor, config: Config) -> np.ndarray:
-    """Undo mean and deviation of a crop, [3, S, S]: uint8 [S, S, 3]."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.augment.mean, config.augment.std))
-    return ((crop * std + mean).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-
-
-def _masked(crop: np.ndarray, mask: np.ndarray, patch: int) -> np.ndarray:
-    """Paint masked patches, bool [grid, grid], gray with a fine edge."""
-    out = crop.copy()
-    hidden = mask.repeat(patch, axis=0).repeat(patch, axis=1)
-    out[hidden] = 150
-    edges = hidden & ~cv2.erode(hidden.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
-    out[edges] = 105
-    return out

@@ -213,7 +213,7 @@ def _refused(m: Material) -> Table | None:
 def _commands(m: Material) -> list[str]:
     """The commands that lead here, with the settings that the files on disk remember."""
     made = m.shards.dataset["config"]
-    shards, run = shlex.quote(str(m.shards.folder)), shlex.quote(str(m.run))
+    shards, run = shlex.quote(m.shards.name), shlex.quote(str(m.run))
     lines = []
     if made.get("verb") in ("tile", "pack"):
         options = ("mpp", "tile_size", "min_tissue", "max_tiles", "label", "group")

@@ -14,6 +14,7 @@ import torch
 
 from eosin.data_tools.draws import hash32, purpose, uniform
 from eosin.data_tools.errors import UserError
+from eosin.data_tools.mixture import Mixture
 from eosin.data_tools.shards import ShardSet
 from eosin.ssl.stain import lab
 from eosin.ssl.stain.density import mix_and_shift, unmixing
@@ -94,7 +95,7 @@ class Augmenter:
         return apply
 
 
-def make_augmenter(stain: Stain, shards: ShardSet, normalizer: Normalizer | None = None) -> Augmenter | None:
+def make_augmenter(stain: Stain, shards: ShardSet | Mixture, normalizer: Normalizer | None = None) -> Augmenter | None:
     """The stain augmentation of a recipe for the tiles of ``shards``; None where it has none.
 
     Raises:
@@ -106,7 +107,7 @@ def make_augmenter(stain: Stain, shards: ShardSet, normalizer: Normalizer | None
     names = [o.op for o in stain.augment]
     if len(he) and not he.any():
         raise UserError(
-            f"stain.augment: {names[0]} is for H&E, and no slide of {shards.folder} is; set stain.augment=none"
+            f"stain.augment: {names[0]} is for H&E, and no slide of {shards.name} is; set stain.augment=none"
         )
     colors = [name for name in names if name in COLOR_OPERATIONS]
     own_stains = "perturb" in names and normalizer is None
@@ -114,7 +115,7 @@ def make_augmenter(stain: Stain, shards: ShardSet, normalizer: Normalizer | None
     fitted = torch.tensor([f is not None for f in fits], dtype=torch.bool)
     if colors and int(fitted.sum()) < 2:
         raise UserError(
-            f"stain.augment: {colors[0]} draws from the colors of other slides, and {shards.folder} has "
+            f"stain.augment: {colors[0]} draws from the colors of other slides, and {shards.name} has "
             f"{int(fitted.sum())} with a stain fit; use hed, or set stain.augment=none"
         )
     vectors, _, _, mean, std = stacked(fits)

@@ -12,6 +12,7 @@ import torch
 
 from eosin.data_tools.draws import purpose, uniform
 from eosin.data_tools.errors import UserError
+from eosin.data_tools.mixture import Mixture
 from eosin.data_tools.progress import progress
 from eosin.data_tools.shards import ShardSet, write_slides
 from eosin.data_tools.stream import decode
@@ -93,7 +94,7 @@ def fit_slides(
     return table
 
 
-def slide_fits(shards: ShardSet, convention: str) -> list[dict[str, Any] | None]:
+def slide_fits(shards: ShardSet | Mixture, convention: str) -> list[dict[str, Any] | None]:
     """The slides' fits, None where there is none.
 
     Raises UserError when no fit was tried, one is broken, or they follow another convention.
@@ -101,9 +102,9 @@ def slide_fits(shards: ShardSet, convention: str) -> list[dict[str, Any] | None]
     from eosin.ssl.stain.reference import stain_error
 
     table = shards.slides()
-    again = f"run 'eosin stain fit {shards.folder}{'' if convention == 'eosin' else f' --convention {convention}'}'"
+    again = f"run 'eosin stain fit {shards.name}{'' if convention == 'eosin' else f' --convention {convention}'}'"
     if "stain_fit" not in table:
-        raise UserError(f"{shards.folder} has no stain fits; {again}, or set stain.normalize to tile or off")
+        raise UserError(f"{shards.name} has no stain fits; {again}, or set stain.normalize to tile or off")
     fits: list[dict[str, Any] | None] = []
     for slide, text in zip(table["slide"], table["stain_fit"].fillna("")):
         try:
@@ -112,11 +113,11 @@ def slide_fits(shards: ShardSet, convention: str) -> list[dict[str, Any] | None]
         except (TypeError, ValueError, AttributeError, RecursionError):
             wrong = "it is no JSON of a fit"
         if wrong:
-            raise UserError(f"slide '{slide}' of {shards.folder} has a broken stain fit ({wrong}); {again}")
+            raise UserError(f"slide '{slide}' of {shards.name} has a broken stain fit ({wrong}); {again}")
         fits.append(fit)
     other = {fit["convention"] for fit in fits if fit} - {convention}
     if other:
-        raise UserError(f"the stain fits of {shards.folder} follow {min(other)}, not {convention}; {again}")
+        raise UserError(f"the stain fits of {shards.name} follow {min(other)}, not {convention}; {again}")
     return fits
 
 

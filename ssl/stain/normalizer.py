@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from eosin.data_tools.errors import UserError
 from eosin.data_tools.files import read_json, write_json
+from eosin.data_tools.mixture import Mixture
 from eosin.data_tools.shards import ShardSet
 from eosin.ssl.stain import lab, macenko
 from eosin.ssl.stain.density import WHITE, mix
@@ -157,7 +158,7 @@ def read_normalization(found: dict[str, Any], where: Path) -> dict[str, Any]:
     return {"method": found["method"], "mode": found["mode"], "reference": reference.model_dump()}
 
 
-def make_normalizer(description: dict[str, Any] | None, shards: ShardSet | None) -> Normalizer | None:
+def make_normalizer(description: dict[str, Any] | None, shards: ShardSet | Mixture | None) -> Normalizer | None:
     """The normalizer of a description for the tiles of ``shards`` (None: of H&E images that are in none).
 
     Returns None for no description.

@@ -146,7 +146,6 @@ def test_open_files_do_not_travel_to_other_processes(folder):
     shards = ShardSet(folder)
     shards.image(0)
     copy = pickle.loads(pickle.dumps(shards))
-    assert copy._files == {}
     assert copy.image(4) == image_of(4)
 
 
@@ -170,10 +169,10 @@ def test_harm_is_named(folder, tmp_path):
         (tmp_path / "aside").rename(folder / name)
     (folder / "tiles-000000.index.npy").write_bytes(pickle.dumps({"evil": 1}))
     with pytest.raises(UserError, match="not readable as an index"):
-        ShardSet(folder)
+        ShardSet(folder).row(0)
     np.save(folder / "tiles-000000.index.npy", np.zeros(3))
     with pytest.raises(UserError, match="does not fit"):
-        ShardSet(folder)
+        ShardSet(folder).column("x")
     with pytest.raises(UserError, match="does not exist; make a shard set"):
         ShardSet(tmp_path / "gone")
     (folder / "dataset.json").write_text('{"schema": 2, "kind": "eosin shard set"}')
@@ -188,6 +187,20 @@ def test_harm_is_named(folder, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file"):
         ShardSet(tmp_path / "file")
+
+
+@pytest.mark.parametrize("in_memory", [0, 1 << 20])
+def test_rows_of_large_sets_are_read_one_by_one_and_are_the_same(folder, monkeypatch, in_memory):
+    expected = np.concatenate([np.load(path) for path in sorted(folder.glob("*.index.npy"))])
+    monkeypatch.setattr("eosin.data_tools.shards.ROWS_IN_MEMORY", in_memory)
+    shards = ShardSet(folder)
+    some = np.array([4, 0, 0, 3])
+    assert shards.rows(some).tobytes() == expected[some].tobytes()  # mpp may be NaN
+    assert len(shards.rows(some[:0])) == 0
+    gone = ShardSet(folder)
+    gone.tars[-1].unlink()
+    with pytest.raises(UserError, match=rf"{gone.tars[-1].name} is missing; run 'eosin verify"):
+        gone.row(len(gone) - 1)
 
 
 def test_cut_tar_is_an_error_and_never_short_data(folder):

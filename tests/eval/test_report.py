@@ -16,6 +16,7 @@ from PIL import Image
 
 from eosin.data_tools import qc
 from eosin.data_tools.errors import UserError
+from eosin.data_tools.mixture import Mixture
 from eosin.data_tools.results import write_results
 from eosin.data_tools.shards import ShardSet, slide_key, write_slides
 from eosin.eval.encoders import weights_sha256
@@ -24,6 +25,9 @@ from eosin.eval.report import findings, limits, pictures, sections, write_report
 from eosin.eval.report.material import gather
 from eosin.eval.report.page import Words
 from eosin.launch.cli import main
+from eosin.ssl.crops_sheet import views
+from eosin.ssl.feed import Phase
+from eosin.ssl.whole_tiles import BACKGROUND
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)> $\\frac{$"
 METRICS = ("balanced_accuracy", "macro_f1", "accuracy", "auroc")
@@ -407,7 +411,8 @@ def test_crops_shown_are_the_tile_itself_when_augmentation_is_off(tiny_run):
             "objective": m.config.objective.model_copy(update={"mask_probability": 1.0, "mask_ratio": [0.5, 0.5]}),
         }
     )
-    found = pictures.views(m.shards, config, m.normalizer, 4)
+    phase = Phase(range(config.run.steps), config, Mixture({m.shards.name: 1.0}), m.normalizer, None)
+    found = views(phase, 4)
     assert sorted(v.slide for v in found) == [0, 1, 2, 3]
     for view in found:
         expected = pictures.normalized(m.normalizer, view.raw[None], [view.slide])[0]
@@ -438,7 +443,7 @@ def test_token_colors_are_the_principal_components(tiny_run):
     assert np.abs(left.astype(int) - right).max() > 40  # the two halves of the first tile differ
     # The same color below, but for the patch's position.
     np.testing.assert_allclose(image[side - quarter, quarter].astype(int), left, atol=8)
-    assert image[side - quarter, side + quarter].tolist() == [pictures.BACKGROUND] * 3
+    assert image[side - quarter, side + quarter].tolist() == [BACKGROUND] * 3
 
     tiles = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
     small = torch.nn.functional.interpolate(tiles, (32, 32), mode="bicubic", antialias=True).clamp(0, 1)
@@ -480,7 +485,6 @@ def test_a_browser_shows_it_without_errors_or_requests(full, page, tmp_path):
 
 
 def test_a_set_tiled_beside_is_shown_with_why_it_stays_as_it_is(tiny_run, tiny_shards, tmp_path):
-
     from eosin.ssl.stain.fits import fit_slides
 
     other = tmp_path / "other-stain"

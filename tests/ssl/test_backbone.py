@@ -2,10 +2,11 @@ import pytest
 import timm
 import torch
 
+from eosin import configs
 from eosin.data_tools.draws import uniform
 from eosin.data_tools.errors import UserError
-from eosin.ssl.backbone import DROP_PATH, build_backbone, drop_path, packed_features
-from eosin.ssl.config import load_config
+from eosin.ssl.backbone import DROP_PATH, build_backbone, drop_path, model_arguments, packed_features
+from eosin.ssl.config import load_config, patch_size
 from eosin.ssl.masks import block_masks
 from eosin.ssl.network import Network, StudentTeacher
 from eosin.ssl.optimizer import build_optimizer, set_moment
@@ -196,3 +197,28 @@ def test_checkpoints_from_before_the_backbone_could_wait_are_still_read():
     settings = config("optim.heads_only=0")
     groups = build_optimizer(Network(settings), settings).param_groups
     assert all({"factor", "decayed", "last_layer"} <= set(g) and "backbone" not in g for g in groups)
+
+
+@pytest.mark.parametrize("recipe", configs.names())
+def test_the_packed_pass_equals_timm_for_every_recipe(recipe):
+    """Whole width, one block, at the recipe's own crop sizes."""
+    given = load_config(recipe, ["data.shards=s", "run.dir=r"])
+    settings = given.model_copy(
+        update={
+            "model": given.model.model_copy(update={"args": given.model.args | {"depth": 1}, "drop_path": 0.0}),
+            "objective": given.objective.model_copy(
+                update={"prototypes": 8, "ibot_prototypes": None, "hidden": 8, "bottleneck": 4, "ibot_bottleneck": None}
+            ),
+        }
+    )
+    network = Network(settings)
+    size = settings.crops.global_size
+    plain = timm.create_model(**model_arguments(settings.model), img_size=size)
+    plain.load_state_dict(network.backbone.state_dict())
+    sizes = [size, settings.crops.local_size] if settings.crops.local_count else [size]
+    images = [torch.randn(1, 2, 3, s, s) for s in sizes]
+    patches = (size // patch_size(settings.model)) ** 2
+    with torch.no_grad():
+        out = forward(network, images, masks=torch.zeros(2, patches, dtype=torch.bool))
+        expected = torch.cat([plain.forward_features(i.flatten(0, 1))[:, 0].view(1, 2, -1) for i in images])
+    torch.testing.assert_close(out.cls, expected, atol=1e-5, rtol=1e-5)
