@@ -36,7 +36,7 @@ def torchrun(rank: Rank, nproc: int, nnodes: int = 1, node_rank: int = 0, rendez
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
     # A rank prints its own error; the agent would repeat it with a traceback of the agent.
     logging.disable(logging.ERROR)
-    for signum in (signal.SIGTERM, signal.SIGUSR1):
+    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(signum, _tell_ranks)
     one_machine = nnodes == 1
     with tempfile.TemporaryDirectory(prefix="eosin-torchrun-") as folder:

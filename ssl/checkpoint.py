@@ -1,15 +1,18 @@
 """Checkpoints of a run: ``checkpoints/step-00001000/``, complete or absent.
 
-The state is torch.distributed.checkpoint's, loadable with another number of processes. Its metadata is a pickle, so
-only a run's owner resumes it; everyone else reads ``teacher.safetensors`` beside it.
+They are written beside the training, from a copy in memory, and renamed once complete. The state is
+torch.distributed.checkpoint's, loadable with another number of processes and another strategy; since it has no checksum
+of its own, ``checkpoint.json`` has one of each file. Its metadata is a pickle, so only a run's owner resumes it;
+everyone else reads ``teacher.safetensors`` beside it.
 """
 
 from __future__ import annotations
 
-import contextlib
+import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +20,20 @@ import torch
 from torch import nn
 
 from eosin.data_tools.errors import UserError
-from eosin.data_tools.files import read_json, sync, write_json
+from eosin.data_tools.files import read_json, sha256, sync, write_json
 from eosin.ssl import distributed
+from eosin.ssl.rewind import Rewind
 
 if TYPE_CHECKING:
     from eosin.ssl.network import StudentTeacher
 
-SCHEMA = 1
+SCHEMA = 2
 TEACHER = "teacher.safetensors"
+ABOUT = "checkpoint.json"
+NEARLY_FULL = 64 << 20  # bytes left on a disk below which torch's errors are taken to be for want of space
+
+# One process that saves alone is what is meant; said from the thread that saves, so that no scope can silence it.
+warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
 
 def steps(run: Path | str) -> list[Path]:
@@ -40,86 +49,199 @@ def latest(run: Path | str) -> Path:
     return found[-1]
 
 
+def step_of(folder: Path) -> int:
+    """The steps done at a checkpoint, by its folder's name."""
+    return int(folder.name.removeprefix("step-"))
+
+
 def describe(folder: Path) -> dict[str, Any]:
-    """What ``checkpoint.json`` of a checkpoint says: step, facts, torch version. Raises UserError when it is broken."""
-    about = read_json(folder / "checkpoint.json", "the description of a checkpoint")
-    if about.get("schema") != SCHEMA or not {"step", "facts"} <= set(about):
+    """What ``checkpoint.json`` of a checkpoint says. Raises UserError when it is broken.
+
+    ``step``, ``facts``, ``torch`` (version), ``rewinds`` (how many the run had then), ``files`` (SHA-256 by name).
+    """
+    about = read_json(folder / ABOUT, "the description of a checkpoint")
+    if about.get("schema") != SCHEMA or not {"step", "facts", "rewinds", "files"} <= set(about):
         raise UserError(f"{folder} has schema {about.get('schema')!r} or is incomplete; this version reads {SCHEMA}")
     return about
 
 
-def save(
-    run: Path, step: int, model: StudentTeacher, optimizer: torch.optim.Optimizer, facts: dict[str, Any], keep: int
-) -> None:
-    """Write the checkpoint after ``step`` steps, aside and renamed once complete; then drop all but ``keep``.
+def tidy(run: Path, rewinds: Sequence[Rewind]) -> None:
+    """Remove what a kill left half-written, and move what a rewind left behind to ``checkpoints/rewound-N/``.
 
-    Every process calls this. ``facts`` is plain data kept in ``checkpoint.json`` and compared on resuming.
+    Every process calls this.
     """
-    import torch.distributed.checkpoint as dcp
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    folder = run / "checkpoints"
-    final, partial = folder / f"step-{step:08d}", folder / f".step-{step:08d}.partial"
-    if distributed.rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    behind = [(f, number) for f in steps(run) if rewinds and (number := _left_behind_by(describe(f), rewinds))]
     distributed.barrier()
-    try:
-        with _quiet():
-            dcp.save(_state(model, optimizer), checkpoint_id=partial, no_dist=distributed.ranks() == 1)
-        if distributed.rank() == 0:
-            weights = {k: v.detach().cpu().contiguous() for k, v in model.teacher.backbone.state_dict().items()}
-            save_file(weights, partial / TEACHER, {"step": str(step)})
-    except (RuntimeError, OSError, SafetensorError, dcp.api.CheckpointException) as error:
-        if shutil.disk_usage(folder).free > 64 << 20:
-            raise
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(
-            f"no space to save step {step} in {folder} ({type(error).__name__}); free some and run the same command "
-            "again: it goes on from the checkpoint before"
-        ) from None
     if distributed.rank() == 0:
+        for leftover in (run / "checkpoints").glob(".*.partial"):
+            shutil.rmtree(leftover)
+        for folder, number in behind:
+            aside = folder.parent / f"rewound-{number}"
+            aside.mkdir(exist_ok=True)
+            folder.rename(aside / folder.name)
+    distributed.barrier()
+
+
+def _left_behind_by(about: dict[str, Any], rewinds: Sequence[Rewind]) -> int:
+    """The number, from 1, of the first rewind after a checkpoint was saved that went back before it; 0 for none."""
+    later = enumerate(rewinds[about["rewinds"] :], about["rewinds"] + 1)
+    return next((number for number, rewind in later if rewind.step < about["step"]), 0)
+
+
+class Saver:
+    """Saves checkpoints while the training goes on, one at a time. Every process has one and uses it alike.
+
+    Used as a context manager, it lets a checkpoint under way be completed before it leaves.
+    """
+
+    def __init__(
+        self, run: Path, facts: dict[str, Any], rewinds: int, *, keep: int, keep_every: int | None = None
+    ) -> None:
+        """``facts`` is plain data, compared on resuming. Of the checkpoints before the newest ``keep``, those at
+        multiples of ``keep_every`` stay."""
+        self.folder = run / "checkpoints"
+        self.about = {"schema": SCHEMA, "torch": torch.__version__, "rewinds": rewinds, "facts": facts}
+        self.keep, self.keep_every = keep, keep_every
+        # Collectives of a group must have one order on all processes: those of a thread need a group of their own.
+        self.group: Any = torch.distributed.new_group(backend="gloo") if distributed.ranks() > 1 else None
+        self.thread = ThreadPoolExecutor(1)
+        self.saving: tuple[int, Future[None]] | None = None
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.thread.shutdown()
+
+    def save(self, step: int, model: StudentTeacher, optimizer: torch.optim.Optimizer) -> None:
+        """Copy the state after ``step`` steps and begin to write it; wait for the one before first.
+
+        Raises UserError when that one could not be saved.
+        """
+        from torch.distributed.checkpoint import async_save
+
+        self.wait()
+        partial = self._partial(step)
+        weights = {}
+        for name, value in model.teacher.backbone.state_dict().items():
+            whole = distributed.full(value.detach())
+            if distributed.rank() == 0:
+                weights[name] = whole.to("cpu", copy=True).contiguous()
+        state = async_save(
+            _state(model, optimizer),
+            checkpoint_id=partial,
+            process_group=self.group,
+            no_dist=self.group is None,
+        )
+        assert isinstance(state, Future)  # since nothing is staged asynchronously
+        self.saving = step, self.thread.submit(self._complete, step, state, weights)
+
+    def failed(self) -> bool:
+        """Whether this process already knows that the checkpoint under way cannot be saved; :meth:`wait` says why."""
+        return self.saving is not None and self.saving[1].done() and self.saving[1].exception() is not None
+
+    def wait(self) -> None:
+        """Wait for the checkpoint under way. Raises UserError, on every process, when it could not be saved."""
+        if self.saving is None:
+            return
+        (step, result), self.saving = self.saving, None
+        error = result.exception()
+        if not distributed.any_rank(error is not None):
+            return
+        if distributed.rank() == 0:
+            shutil.rmtree(self._partial(step), ignore_errors=True)
+        raise self._complaint(step, error)
+
+    def _partial(self, step: int) -> Path:
+        return self.folder / f".step-{step:08d}.partial"
+
+    def _complete(self, step: int, state: Future[Any], weights: dict[str, torch.Tensor]) -> None:
+        """Wait for all processes' state; then let rank 0 add the rest, rename, and drop old checkpoints."""
+        from safetensors.torch import save_file
+
+        state.result()
+        if distributed.rank() != 0:
+            return
+        partial = self._partial(step)
+        save_file(weights, partial / TEACHER, {"step": str(step)})
         (partial / TEACHER).chmod(0o644)  # safetensors makes it readable by its owner only
         sync(partial / TEACHER)
-        write_json(
-            partial / "checkpoint.json",
-            {"schema": SCHEMA, "step": step, "torch": torch.__version__, "facts": facts},
+        files = {file.name: sha256(file) for file in sorted(partial.iterdir())}
+        write_json(partial / ABOUT, self.about | {"step": step, "files": files})
+        partial.rename(self.folder / f"step-{step:08d}")
+        sync(self.folder)
+        for old in steps(self.folder.parent)[: -self.keep]:
+            if not self.keep_every or step_of(old) % self.keep_every:
+                # Renamed first, so that a kill leaves nothing that looks complete.
+                shutil.rmtree(old.rename(self._partial(step_of(old))))
+
+    def _complaint(self, step: int, error: BaseException | None) -> BaseException:
+        from torch.distributed.checkpoint.api import CheckpointException
+
+        if isinstance(error, CheckpointException):
+            error = next(iter(error.failures.values()))[0]
+        if error is None:
+            return UserError(f"step {step} cannot be saved in {self.folder}: another process says why")
+        full = shutil.disk_usage(self.folder.parent).free < NEARLY_FULL
+        if not full and not isinstance(error, OSError):
+            return error
+        why = "no space" if full else os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+        return UserError(
+            f"step {step} cannot be saved in {self.folder}: {why}; mend that and run the same command again: it goes "
+            "on from the checkpoint before"
         )
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        sync(folder)
-        for old in steps(run)[:-keep]:
-            shutil.rmtree(old)
-    distributed.barrier()
 
 
-def resume(run: Path, model: StudentTeacher, optimizer: torch.optim.Optimizer, facts: dict[str, Any]) -> int:
-    """Load the newest checkpoint into ``model`` and ``optimizer``; return how many steps it has done, 0 if none.
+def resume(
+    run: Path,
+    model: StudentTeacher,
+    optimizer: torch.optim.Optimizer,
+    facts: dict[str, Any],
+    at: int | None = None,
+) -> int:
+    """Load the newest checkpoint, or that of step ``at``, into ``model`` and ``optimizer``; return the steps done.
 
-    Raises UserError when the checkpoint was made from other data or is of another schema.
+    Every process calls this. Without a checkpoint nothing is loaded, and 0 steps are done.
+
+    Raises:
+        UserError: there is none at ``at``, it was made from other data, is damaged or is of another schema.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import set_state_dict
 
-    found = steps(run)
+    found = {step_of(folder): folder for folder in steps(run)}
+    if at is not None and at not in found:
+        there = f"there are: {', '.join(map(str, found))}" if found else "there is none yet"
+        raise UserError(f"{run} has no checkpoint of step {at}; {there}")
     if not found:
         return 0
-    about = describe(found[-1])
+    folder = found[max(found) if at is None else at]
+    about = describe(folder)
     for key, value in facts.items():
         if about["facts"].get(key) != value:
-            raise UserError(f"{found[-1]} was trained on another {key}; start a new run.dir, or give the same {key}")
+            raise UserError(f"{folder} was trained on another {key}; start a new run.dir, or give the same {key}")
+    _check_files(folder, about["files"])
     state = _state(model, optimizer)
     try:
-        with _quiet():
-            dcp.load(state, checkpoint_id=found[-1], no_dist=distributed.ranks() == 1)
+        dcp.load(state, checkpoint_id=folder, no_dist=distributed.ranks() == 1)
     except (RuntimeError, ValueError, OSError, EOFError, dcp.api.CheckpointException) as error:
         raise UserError(
-            f"{found[-1]} cannot be read ({type(error).__name__}): it is damaged or of another network; "
+            f"{folder} cannot be read ({type(error).__name__}): it is of another network or torch version; "
             "remove that folder to go on from the checkpoint before it"
         ) from None
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return int(about["step"])
+
+
+def _check_files(folder: Path, files: dict[str, str]) -> None:
+    """Compare each file with its SHA-256, every process some of them. Raises UserError on all that names one."""
+    mine = sorted(files)[distributed.rank() :: distributed.ranks()]
+    changed = [name for name in mine if not (folder / name).is_file() or sha256(folder / name) != files[name]]
+    for name in (name for names in distributed.all_objects(changed) for name in names):
+        raise UserError(
+            f"{folder / name} is missing or damaged: it is not what was saved; remove that folder to go on from the "
+            "checkpoint before it"
+        )
 
 
 def load_teacher(path: Path, backbone: nn.Module) -> None:
@@ -140,11 +262,3 @@ def _state(model: StudentTeacher, optimizer: torch.optim.Optimizer) -> dict[str,
 
     weights, moments = get_state_dict(model, optimizer)
     return {"model": weights, "optimizer": moments}
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence torch's warning that one process saves alone, which is what is meant here."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        yield

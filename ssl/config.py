@@ -7,7 +7,7 @@ is valid.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -22,8 +22,14 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+Quality = Annotated[int, Field(ge=1, le=100)]
 Range = Annotated[list[float], Field(min_length=2, max_length=2)]
 RGB = Annotated[list[float], Field(min_length=3, max_length=3)]
+
+
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+# Folder or URL of a shard set, or several with the share of draws that each has.
+Shards = Annotated[str, Field(min_length=1)] | Annotated[dict[str, Positive], Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -69,6 +75,10 @@ class Augment(Section):
     blur: Annotated[list[Probability], Field(min_length=3, max_length=3)] = [1.0, 0.1, 0.5]  # global 1, 2, local
     blur_sigma: Range = [0.1, 2.0]
     solarize: Probability = 0.0  # of the second global crop
+    resolution: Probability = 0.0  # downsampled and brought back
+    resolution_scale: Range = [0.5, 1.0]  # of a crop's side
+    jpeg: Probability = 0.0  # compressed and decompressed
+    jpeg_quality: Annotated[list[Quality], Field(min_length=2, max_length=2)] = [30, 95]
     mean: RGB = [0.485, 0.456, 0.406]
     std: Annotated[list[Positive], Field(min_length=3, max_length=3)] = [0.229, 0.224, 0.225]
 
@@ -164,15 +174,27 @@ class Optim(Section):
     freeze_last_layer: Annotated[int, Field(ge=0)] = 0  # steps
     heads_only: Annotated[int, Field(ge=0)] = 0  # first steps in which the backbone stays as it is
     clip: Positive = 3.0
+    # Parts of a process's share of a batch, one after the other to save memory; KoLeo and KDE see one part at a time.
+    accumulate: Count = 1
+    max_skipped: Count = 10  # steps in a row without a finite gradient before the run stops
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
 
 
 class Data(Section):
     """What is streamed."""
 
-    shards: Annotated[str, Field(min_length=1)]  # folder of a shard set
+    shards: Shards
     batch: Count = 1024  # samples in a global batch, over all processes
     workers: Annotated[int, Field(ge=0)] = 4  # decoding processes a rank
+    # Neighboring tiles that stay together in the shuffle, and tiles they are shuffled among; 1: a full shuffle.
+    shuffle_block: Count = 1
+    shuffle_window: Count = 16384
+    # Columns of the slides table, or "cluster", from coarse to fine: each of their values is drawn equally often.
+    balance: list[Annotated[str, Field(min_length=1)]] = []
+    slide_cap: Count | None = None  # draws of a slide an epoch, at most
+    weights: FileName | None = None  # weights-NAME.npy in each shard set: how often each tile is drawn
+    clusters: FileName | None = None  # clusters-NAME.npy in each shard set: the cluster of each tile
+    max_bad: Probability = 1e-3  # share of tiles that may be broken before the run stops
 
 
 class Run(Section):
@@ -184,10 +206,33 @@ class Run(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
     attention: Literal["sdpa", "varlen", "xformers"] = "sdpa"  # what computes it; the last two on a GPU only
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"  # of several processes; auto: ddp
     compile: bool = False
+    checkpoint_activations: Literal["none", "blocks"] = "none"  # blocks: compute them again in the backward pass
     log_every: Count = 10
     checkpoint_every: Count = 1000
     keep: Count = 2  # newest checkpoints kept
+    keep_every: Count | None = None  # and those at multiples of this step, for good
+
+
+class OnlineProbe(Section):
+    """Grouped k-NN on a labeled shard set while training goes on: advice, which changes nothing."""
+
+    shards: Annotated[str, Field(min_length=1)]
+    label: Annotated[str, Field(min_length=1)] = "label"  # column of the tiles or of the slides table
+    group: Annotated[str, Field(min_length=1)] = "patient"  # column; a tile is told by tiles of other groups only
+    tiles: Count = 1000  # at most, kept in memory
+    every: Count = 1000  # steps
+
+
+class Health(Section):
+    """What is looked at now and then; see :mod:`eosin.ssl.health` for what is said of it."""
+
+    # Steps between pictures in TensorBoard: with each checkpoint where not given; 0 for none.
+    pictures_every: Annotated[int, Field(ge=0)] | None = None
+    probe: OnlineProbe | None = None
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of patients that are never trained on
+    held_out_every: Count = 1000  # steps between losses on them
 
 
 class HighResolution(Section):
@@ -195,7 +240,7 @@ class HighResolution(Section):
 
     steps: Count
     crops: Crops
-    shards: Annotated[str, Field(min_length=1)] | None = None
+    shards: Shards | None = None
 
 
 class Config(Section):
@@ -209,6 +254,7 @@ class Config(Section):
     optim: Optim = Optim()
     data: Data
     run: Run
+    health: Health = Health()
     high_resolution: HighResolution | None = None
 
     @model_validator(mode="after")
@@ -235,17 +281,24 @@ class Config(Section):
         for section, key, part in [
             *((name, key, crops) for name, crops in all_crops.items() for key in ("global_scale", "local_scale")),
             ("augment", "blur_sigma", self.augment),
+            ("augment", "resolution_scale", self.augment),
             ("objective", "mask_ratio", self.objective),
         ]:
             low, high = getattr(part, key)
             if not 0 < low <= high or (high > 1 and key != "blur_sigma"):
                 raise ValueError(f"{section}.{key}: [{low}, {high}] is not a range 0 < low <= high <= 1")
+        low, high = self.augment.jpeg_quality
+        if low > high:
+            raise ValueError(f"augment.jpeg_quality: [{low}, {high}] is not a range 1 <= low <= high <= 100")
         for section, key in [("optim", "warmup"), ("optim", "freeze_last_layer"), ("optim", "heads_only")]:
             if getattr(getattr(self, section), key) > self.run.steps:
                 longest = getattr(getattr(self, section), key)
                 raise ValueError(
                     f"{section}.{key}: {longest} steps are more than run.steps={self.run.steps}; change one"
                 )
+        if self.run.keep_every and self.run.keep_every % self.run.checkpoint_every:
+            every, saved = self.run.keep_every, self.run.checkpoint_every
+            raise ValueError(f"run.keep_every: {every} is not a multiple of run.checkpoint_every={saved}; change one")
         for key in ("ibot_prototypes", "ibot_bottleneck"):
             if self.objective.tied_heads and getattr(self.objective, key) is not None:
                 raise ValueError(f"objective.{key}: tied heads are one; set objective.tied_heads=false or leave it out")
@@ -351,7 +404,8 @@ def _line(error: Any) -> str:
             if isinstance(part, int) or part in OPERATIONS:  # a place in stain.augment, and the operation there
                 section = OPERATIONS.get(part, section)
             else:
-                section = section.model_fields[part].annotation
+                kind = section.model_fields[part].annotation
+                section = next((k for k in get_args(kind) if isinstance(k, type) and issubclass(k, Section)), kind)
         return f"there is no key '{key}'; {nearest(str(error['loc'][-1]), list(section.model_fields))}"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])

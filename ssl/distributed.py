@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 
 def start(device: str) -> torch.device:
@@ -72,6 +73,25 @@ def barrier() -> None:
     """Wait for every process."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def all_objects(value: Any) -> list[Any]:
+    """A small picklable value of every process, in rank order."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * ranks()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def local(value: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this process holds: all of it, unless FSDP2 sharded it."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def full(value: torch.Tensor) -> torch.Tensor:
+    """A tensor whole. Every process calls this, since a sharded one is gathered."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 class _AllRows(torch.autograd.Function):

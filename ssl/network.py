@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -104,6 +105,29 @@ class Network(nn.Module):
         )
 
 
+class Targets(NamedTuple):
+    """What the student shall say.
+
+    Attributes:
+        cls: [2, B, K], of the class tokens of global crops.
+        patches: [M, K], of the masked patches.
+    """
+
+    cls: torch.Tensor
+    patches: torch.Tensor
+
+
+# Crops as in Network.forward, masks [2, B, P] bool and keys [B] int64 of some samples.
+Part = tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]
+
+
+def divide(part: Part, count: int) -> list[Part]:
+    """Divide samples into ``count`` equal parts, in order."""
+    crops, masks, keys = part
+    groups = zip(*(group.chunk(count, dim=1) for group in crops))
+    return [(list(g), m, k) for g, m, k in zip(groups, masks.chunk(count, dim=1), keys.chunk(count))]
+
+
 class StudentTeacher(nn.Module):
     """A student network and its exponential moving average, with the objective between them."""
 
@@ -115,56 +139,88 @@ class StudentTeacher(nn.Module):
         prototypes = config.objective.prototypes
         self.register_buffer("dino_center", torch.zeros(prototypes))
         self.register_buffer("ibot_center", torch.zeros(config.objective.ibot_prototypes or prototypes))
+        self._moved_centers: dict[str, torch.Tensor] = {}
 
-    def losses(
-        self,
-        student: nn.Module,
-        crops: list[torch.Tensor],
-        masks: torch.Tensor,
-        keys: torch.Tensor,
-        teacher_temperature: float,
-    ) -> dict[str, torch.Tensor]:
-        """The objective's terms, unweighted, and measures for monitoring.
+    @torch.no_grad()
+    def targets(self, parts: Sequence[Part], temperature: float) -> tuple[list[Targets], dict[str, torch.Tensor]]:
+        """What the student shall say of each part of this process's share of a batch, and measures for monitoring.
+
+        Sinkhorn-Knopp and centering see the global batch whole, however it is divided over processes and parts.
+
+        Args:
+            temperature: the teacher's.
+
+        Returns:
+            The targets of each part; and teacher_entropy [], prototype_entropy [], answers [2, B] (the prototype that a
+            crop is most) and cls [2, B, D] of the whole share.
+        """
+        seen: list[Output] = [
+            self.teacher(crops[:1], masks.flatten(0, 1), keys, hide=False, rate=0.0) for crops, masks, keys in parts
+        ]
+        cls = self._targets(_joined([s.cls_scores for s in seen], dim=1).flatten(0, 1), "dino", temperature)
+        cls = cls.unflatten(0, (len(seen[0].cls_scores), -1))  # [2, B, K]
+        patches = self._targets(_joined([s.patch_scores for s in seen]), "ibot", temperature)
+        mean = distributed.all_sum(cls.mean(dim=(0, 1))) / distributed.ranks()
+        measures = {
+            "teacher_entropy": -(cls * cls.clamp(min=1e-30).log()).sum(dim=2).mean(),
+            "prototype_entropy": -(mean * mean.clamp(min=1e-30).log()).sum(),
+            "answers": cls.argmax(dim=2),
+            "cls": _joined([s.cls for s in seen], dim=1),
+        }
+        of_parts = zip(
+            cls.split([s.cls_scores.shape[1] for s in seen], dim=1), patches.split([len(s.patch_scores) for s in seen])
+        )
+        return [Targets(*each) for each in of_parts], measures
+
+    def losses(self, student: nn.Module, part: Part, targets: Targets) -> dict[str, torch.Tensor]:
+        """The objective's terms, unweighted.
+
+        KoLeo and KDE see the same part on every process, not the parts before and after it.
 
         Args:
             student: ``self.student`` or what wraps it for distributed training.
-            crops: global and local crops as in :meth:`Network.forward`.
-            masks: [2, B, P] bool.
-            keys: [B] int64.
+            targets: of this part, from :meth:`targets`.
         """
         objective = self.config.objective
+        crops, masks, keys = part
         masks = masks.flatten(0, 1)
-        with torch.no_grad():
-            seen: Output = self.teacher(crops[:1], masks, keys, hide=False, rate=0.0)
-            cls_targets = self._targets(seen.cls_scores.flatten(0, 1), "dino", teacher_temperature)
-            patch_targets = self._targets(seen.patch_scores, "ibot", teacher_temperature)
         said: Output = student(crops, masks, keys, hide=True, rate=self.config.model.drop_path)
-        cls_targets = cls_targets.view_as(seen.cls_scores)
         temperature = objective.student_temperature
-        mean_target = distributed.all_sum(cls_targets.mean(dim=(0, 1))) / distributed.ranks()
         return {
-            "dino": dino_loss(said.cls_scores, cls_targets, temperature),
-            "ibot": ibot_loss(said.patch_scores, patch_targets, masks, temperature),
+            "dino": dino_loss(said.cls_scores, targets.cls, temperature),
+            "ibot": ibot_loss(said.patch_scores, targets.patches, masks, temperature),
             "koleo": sum((koleo_loss(c) for c in said.cls[:2]), torch.zeros((), device=keys.device)),
             "kde": sum(
                 (kde_loss(c, objective.kde_concentration) for c in said.cls[:2]), torch.zeros((), device=keys.device)
             ),
-            "teacher_entropy": -(cls_targets * cls_targets.clamp(min=1e-30).log()).sum(dim=2).mean(),
-            "prototype_entropy": -(mean_target * mean_target.clamp(min=1e-30).log()).sum(),
-            "cls": seen.cls.detach(),
         }
 
     @torch.no_grad()
-    def update_teacher(self, momentum: float) -> None:
-        """Move every weight of the teacher by (1 - momentum) of its distance to the student's."""
-        teacher = [p.detach() for p in self.teacher.parameters()]
-        student = [p.detach() for p in self.student.parameters()]
-        torch._foreach_lerp_(teacher, student, 1 - momentum)
+    def update_teacher(self, momentum: float, finite: torch.Tensor | bool = True) -> None:
+        """Move every weight of the teacher by (1 - momentum) of its distance to the student's, and its centers.
+
+        Args:
+            finite: [] bool; where it is false, nothing moves. A tensor is not waited for.
+        """
+        teacher = [distributed.local(p.detach()) for p in self.teacher.parameters()]
+        student = [distributed.local(p.detach()) for p in self.student.parameters()]
+        finite = torch.as_tensor(finite, device=teacher[0].device)
+        torch._foreach_lerp_(teacher, student, [finite * (1 - momentum)] * len(teacher))
+        for name, moved in self._moved_centers.items():
+            center = getattr(self, name)
+            center.copy_(torch.where(finite, moved, center))
+        self._moved_centers.clear()
 
     def _targets(self, scores: torch.Tensor, name: str, temperature: float) -> torch.Tensor:
         if self.config.objective.targets == "sinkhorn":
             return sinkhorn(scores, temperature)
         center = getattr(self, f"{name}_center")
-        targets = centered(scores, center, temperature)
-        update_center(center, scores)
-        return targets
+        # Kept aside until the step is known to be good.
+        self._moved_centers[f"{name}_center"] = moved = center.clone()
+        update_center(moved, scores)
+        return centered(scores, center, temperature)
+
+
+def _joined(parts: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    """Parts in one tensor; one part is not copied, since scores are large."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)

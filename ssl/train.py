@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,29 +12,48 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from eosin.data_tools.errors import DONE, TO_BE_CONTINUED, UserError
 from eosin.data_tools.progress import progress
-from eosin.ssl import attention, checkpoint, distributed, feed
-from eosin.ssl.config import Config, read_run_config, write_config
+from eosin.ssl import attention, checkpoint, distributed, feed, parallel, rewind
+from eosin.ssl.checkpoint import Saver
+from eosin.ssl.config import Config, OnlineProbe, read_run_config, write_config
 from eosin.ssl.initialize import initialize
 from eosin.ssl.log import Log
-from eosin.ssl.network import StudentTeacher
+from eosin.ssl.monitor import Monitor
+from eosin.ssl.network import Part, StudentTeacher, divide
 from eosin.ssl.optimizer import build_optimizer, set_moment
-from eosin.ssl.schedules import at
+from eosin.ssl.rewind import Rewind
+from eosin.ssl.schedules import Moment, at
+from eosin.ssl.skipped import Skipped
 from eosin.ssl.stain.normalizer import describe_run, save_description
 
 # What may differ when a run is continued: none of it changes what is learned.
-FREE = {"data.shards", "data.workers", "run.dir", "run.device", "run.log_every", "run.checkpoint_every", "run.keep"}
+FREE = {
+    "data.shards",  # of which the checkpoint keeps the tiles' identity
+    "high_resolution.shards",
+    "data.workers",
+    "data.max_bad",
+    "optim.max_skipped",
+    *(f"run.{key}" for key in ("dir", "device", "strategy", "checkpoint_activations")),
+    *(f"run.{key}" for key in ("log_every", "checkpoint_every", "keep", "keep_every")),
+    *(f"health.{key}" for key in ("pictures_every", "held_out_every", "probe")),
+    *(f"health.probe.{key}" for key in OnlineProbe.model_fields),
+}
 TERMS = ("dino", "ibot", "koleo", "kde")
+COLLECT_EVERY = 50  # steps
+STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def train(config: Config) -> int:
+def train(config: Config, back: Rewind | None = None) -> int:
     """Train, or continue, the run of ``config.run.dir``. Every process of a distributed run calls this.
 
+    Args:
+        back: go on from the checkpoint of ``back.step``, past the next ``back.skip`` batches. Asked for again right
+            after, as by a scheduler that repeats the command, it has happened and the run just goes on.
+
     Returns:
-        0 when all steps are done, 75 when a SIGTERM or SIGUSR1 asked to save and stop.
+        0 when all steps are done, 75 when a SIGTERM, SIGUSR1 or SIGUSR2 asked to save and stop.
 
     Raises:
         UserError: for what the user can mend: no data, another run in the folder, a batch that does not divide.
@@ -41,77 +61,121 @@ def train(config: Config) -> int:
     device = distributed.start(config.run.device)
     try:
         _refuse_other_run(config)
-        with _locked(Path(config.run.dir)), _stop_flag() as stop:
-            return _train(config, device, stop)
+        with _locked(Path(config.run.dir)), _stop_flag() as stop, _garbage_by_hand():
+            return _train(config, device, back, stop)
     finally:
         distributed.stop()
 
 
-def _train(config: Config, device: torch.device, stop: list[int]) -> int:
+def _train(config: Config, device: torch.device, back: Rewind | None, stop: list[int]) -> int:
     run, steps = Path(config.run.dir), config.run.steps
+    attention.check(config.run.attention, device)
+    _refuse_uneven(config)
     normalization = describe_run(run, config.stain)
     phases = feed.phases(config, normalization, device)
     if distributed.rank() == 0:
         for line in (line for phase in phases for line in feed.stain_notes(phase)):
             print(line)
 
-    attention.check(config.run.attention, device)
+    rewinds = rewind.read(run)
+    checkpoint.tidy(run, rewinds)
+    back = None if rewinds[-1:] == [back] else back
     torch.manual_seed(config.run.seed)
     model = StudentTeacher(config).to(device)
-    optimizer = build_optimizer(model.student, config)
-    facts = feed.identities(phases)
-    start = checkpoint.resume(run, model, optimizer, facts)
-    if not start:
+    if not checkpoint.steps(run):
         initialize(model, config.model)
-    if distributed.rank() == 0 and start:
-        print(f"{run} is complete at step {start}" if start == steps else f"{run} goes on after step {start}")
-    student: nn.Module = model.student
-    if config.run.compile:
-        for block in [*model.student.backbone.blocks, *model.teacher.backbone.blocks]:
-            block.compile()
-    if distributed.ranks() > 1:
-        student = DistributedDataParallel(student, device_ids=[device] if device.type == "cuda" else None)
-    parameters = list(model.student.parameters())
-    bf16 = config.run.precision == "bf16" or (config.run.precision == "auto" and device.type == "cuda")
-
-    stream = feed.stream(phases, start)
+    student = parallel.spread(model, config, device)
+    parameters, optimizer = list(model.student.parameters()), build_optimizer(model.student, config)
+    facts = feed.identities(phases)
+    start = checkpoint.resume(run, model, optimizer, facts, back and back.step)
+    rewinds += [back] if back else []
+    stream = feed.stream(phases, start, rewinds)
+    monitor = Monitor(config, phases, normalization)
     if distributed.rank() == 0:
-        # Only now, when all that can be refused has been, does the run exist.
+        # Only now, when all that can be refused has been, does the run exist, or is it rewound.
         save_description(run, normalization)
         write_config(run / "config.yaml", config)
-    log = Log(config, start)
+        if back:
+            rewind.write(run, rewinds)
+        if start:
+            print(f"{run} is complete at step {start}" if start == steps else f"{run} goes on after step {start}")
+    checkpoint.tidy(run, rewinds)
+    if not start:
+        monitor.begin(model, device)
+    log, skipped = Log(config, start, device), Skipped(run, config.optim.max_skipped)
+    stream = log.timed(stream)
     if distributed.rank() == 0:
         stream = progress(stream, total=steps, start=start, desc="train", unit="steps", status=log.status)
-    for step, (phase, batch) in enumerate(stream, start):
-        moment = at(step, config)
-        set_moment(optimizer, moment)
-        crops, masks, positions, slides, raw = feed.views(phase, batch, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            terms = model.losses(student, crops, masks, positions, moment.teacher_temperature)
-        loss = sum(getattr(config.objective, name) * terms[name] for name in TERMS)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(parameters, config.optim.clip)
-        # The check is on the whole gradient and before the optimizer, so that a bad step leaves no trace.
-        if torch.isfinite(norm):
-            optimizer.step()
-            model.update_teacher(moment.momentum)
-        else:
-            log.skipped += 1
-        optimizer.zero_grad()
 
-        log.note_bad(batch, phase.shards)
-        log.note_raw(batch, phase.shards, raw)
-        done = step + 1
-        if done % config.run.log_every == 0 or done in (1, steps):
-            log.write(done, terms | {"loss": loss.detach(), "grad_norm": norm}, slides, moment)
-        stopping = distributed.any_rank(bool(stop))
-        if stopping or done % config.run.checkpoint_every == 0 or done == steps:
-            checkpoint.save(run, done, model, optimizer, facts, config.run.keep)
-        if stopping and done < steps:
-            if distributed.rank() == 0:
-                print(f"saved after step {done} of {steps}; run the same command to go on")
-            return TO_BE_CONTINUED
+    with Saver(run, facts, len(rewinds), keep=config.run.keep, keep_every=config.run.keep_every) as saver:
+        for step, (phase, batch) in enumerate(stream, start):
+            moment = at(step, config)
+            set_moment(optimizer, moment)
+            views = feed.views(phase, batch, device)
+            terms = _gradient(model, student, divide(views[:3], config.optim.accumulate), moment, device)
+            norm = parallel.clip(parameters, config.optim.clip)
+            # The check is on the whole gradient and before the optimizer, so that a bad step leaves no trace. It stays
+            # on the device: a fused optimizer changes nothing where found_inf is 1.
+            finite = norm.isfinite()
+            optimizer.found_inf = 1 - finite.float()  # type: ignore[attr-defined]
+            optimizer.step()
+            model.update_teacher(moment.momentum, finite)
+            optimizer.zero_grad()
+
+            done = step + 1
+            log.note_bad(batch, phase.shards)
+            log.note_answers(terms["answers"])
+            log.note_raw(batch, phase.shards, views.raw)
+            skipped.note(done, phase.shards, batch["tile"], finite)
+            if done % config.run.log_every == 0 or done in (1, steps) or monitor.due(done):
+                skipped.check()
+                log.skipped = skipped.count
+                looked = monitor.look(done, model, student, phase, batch, views, moment)
+                log.write(done, terms | {"grad_norm": norm}, views.slides, moment, looked)
+            if done % COLLECT_EVERY == 0:
+                gc.collect(1)
+            stopping = distributed.any_rank(bool(stop) or saver.failed())
+            if stopping or done % config.run.checkpoint_every == 0 or done == steps:
+                skipped.check()  # too many in a row end the run before they push out an older checkpoint
+                saver.save(done, model, optimizer)
+            if stopping and done < steps:
+                saver.wait()
+                if distributed.rank() == 0:
+                    print(f"saved after step {done} of {steps}; run the same command to go on")
+                return TO_BE_CONTINUED
+        saver.wait()
     return DONE
+
+
+def _gradient(
+    model: StudentTeacher, student: nn.Module, parts: list[Part], moment: Moment, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Add the gradient of this process's share of a batch, part by part; return the terms' means, and measures."""
+    config = model.config
+    with parallel.autocast(config, device):
+        targets, seen = model.targets(parts, moment.teacher_temperature)
+    means: dict[str, torch.Tensor] = {}
+    for number, (part, target) in enumerate(zip(parts, targets, strict=True), 1):
+        with parallel.gradients_shared(student, number == len(parts)):
+            with parallel.autocast(config, device):
+                terms = model.losses(student, part, target)
+            terms["loss"] = sum(getattr(config.objective, name) * terms[name] for name in TERMS) / len(parts)
+            terms["loss"].backward()
+        for name, value in terms.items():
+            share = value.detach() if name == "loss" else value.detach() / len(parts)
+            means[name] = means[name] + share if name in means else share
+    return means | seen
+
+
+def _refuse_uneven(config: Config) -> None:
+    """Raise UserError when a process's share of the batch does not divide into the parts of accumulation."""
+    batch, parts = config.data.batch, distributed.ranks() * config.optim.accumulate
+    if batch % parts:
+        valid = max(parts, round(batch / parts) * parts)
+        raise UserError(
+            f"data.batch {batch} does not divide by {distributed.ranks()} processes times optim.accumulate="
+            f"{config.optim.accumulate}; the nearest that does is {valid}"
+        )
 
 
 def _refuse_other_run(config: Config) -> None:
@@ -125,7 +189,8 @@ def _refuse_other_run(config: Config) -> None:
         return
     there, given = _flat(read_run_config(run).model_dump()), _flat(config.model_dump())
     for key in sorted(set(there) | set(given)):
-        if key not in FREE and there.get(key) != given.get(key):
+        free = any(key == name or key.startswith(f"{name}.") for name in FREE)
+        if not free and there.get(key) != given.get(key):
             raise UserError(
                 f"run.dir: {run} was begun with {key}={there.get(key)}, not {given.get(key)}; "
                 "give the same settings to continue it, or another run.dir"
@@ -149,14 +214,27 @@ def _locked(run: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stop_flag() -> Iterator[list[int]]:
-    """A list that is empty until a SIGTERM or SIGUSR1 arrives; the loop saves at the end of its step, never here."""
+    """A list that is empty until a signal of STOP arrives; the loop saves at the end of its step, never here."""
     seen: list[int] = []
-    before = {s: signal.signal(s, lambda number, _: seen.append(number)) for s in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.signal(number, lambda number, _: seen.append(number)) for number in STOP}
     try:
         yield seen
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _garbage_by_hand() -> Iterator[None]:
+    """No garbage collection but the loop's own: processes that pause at different steps wait for each other."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

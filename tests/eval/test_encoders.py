@@ -8,7 +8,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from eosin.data_tools.errors import UserError
-from eosin.eval.encoders import color_statistics, load_encoder, pool, preprocess
+from eosin.eval.encoders import color_statistics, load_encoder, pool
 from eosin.ssl import checkpoint
 from eosin.ssl.config import read_run_config
 from eosin.ssl.network import Network, StudentTeacher

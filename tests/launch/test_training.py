@@ -26,6 +26,7 @@ SETTINGS = [
     "optim={warmup: 4, freeze_last_layer: 2}",
     "data.batch=8",
     f"run={{steps: {STEPS}, checkpoint_every: 1000, log_every: 1, device: cpu}}",
+    "health={held_out: 0.4, held_out_every: 5, pictures_every: 9}",
 ]
 
 
@@ -35,10 +36,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("training")
     (folder / "shards").mkdir()
     writer, rng = ShardWriter(folder / "shards"), np.random.default_rng(0)
-    for i in range(24):
+    for i in range(36):
         small = rng.integers(120, 255, (4, 4, 3), dtype=np.uint8)
         image = np.ascontiguousarray(small.repeat(8, axis=0).repeat(8, axis=1))
-        writer.add(f"t{i}", simplejpeg.encode_jpeg(image, 95), "jpg", {"x": i, "y": 0, "mpp": 0.5}, slide=i % 3)
+        meta = {"x": i, "y": 0, "mpp": 0.5, "label": f"l{i % 2}"}
+        writer.add(f"t{i}", simplejpeg.encode_jpeg(image, 95), "jpg", meta, slide=i % 3)
     slides = pd.DataFrame({"slide": ["a", "b", "c"], "stain": "H&E"})
     writer.finish(slides, tile_size=32, mpp=0.5, config={})
     eosin(*train(folder, "one"))
@@ -47,7 +49,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(folder: Path, run: str, workers: int = 0) -> list[str]:
     places = [f"data.shards={folder / 'shards'}", f"run.dir={folder / run}", f"data.workers={workers}"]
-    return ["train", "small", *places, *SETTINGS]
+    probe = f"health.probe={{shards: {folder / 'shards'}, group: slide, every: 7}}"
+    return ["train", "small", *places, *SETTINGS, probe]
 
 
 def eosin(*argv: str) -> str:
@@ -68,6 +71,11 @@ def assert_equal_runs(run: Path, one: Path) -> None:
     assert [m["step"] for m in got] == [m["step"] for m in expected] == list(range(1, STEPS + 1))
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose([m[name] for m in got], [m[name] for m in expected], rtol=1e-4, err_msg=name)
+    looked = {"held_out_loss": [5, 10, 15, 20, 24], "probe_accuracy": [7, 14, 21, 24], "probe_start": [1]}
+    for name, steps in looked.items():
+        looks = [{m["step"]: m[name] for m in records if name in m} for records in (got, expected)]
+        assert [sorted(look) for look in looks] == [steps, steps]
+        assert looks[0] == pytest.approx(looks[1], rel=1e-4)
     weights, expected_weights = (load_file(r / f"checkpoints/step-{STEPS:08d}/teacher.safetensors") for r in (run, one))
     assert weights.keys() == expected_weights.keys()
     for name, value in expected_weights.items():

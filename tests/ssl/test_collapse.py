@@ -38,7 +38,9 @@ def end_of_training(*overrides):
         set_moment(optimizer, moment)
         crops = [images + 0.3 * torch.randn(2, 32, 3, side, side, generator=generator) for side in (32, 16)]
         masks = torch.zeros(2, 32, 4, dtype=torch.bool)
-        terms = model.losses(model.student, crops, masks, torch.arange(32) + 32 * step, moment.teacher_temperature)
+        part = crops, masks, torch.arange(32) + 32 * step
+        (targets,), measures = model.targets([part], moment.teacher_temperature)
+        terms = model.losses(model.student, part, targets) | measures
         terms["dino"].backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -29,6 +29,7 @@ def complaint(*overrides, recipe="demo"):
         ("optim.warmup=301", ["optim.warmup", "300"]),
         ("augment.gray=1.5", ["augment.gray", "1.5"]),
         ("optim.lr", ["optim.lr", "key.sub=value"]),
+        ("health.probe={shards: s, lable: x}", ["health.probe.lable", "did you mean 'label'"]),
     ],
 )
 def test_each_mistake_names_key_given_and_valid(override, parts):

@@ -54,8 +54,10 @@ def losses(config, batch=1, bf16=False):
         for count, side in [(2, crops.global_size), (crops.local_count, crops.local_size)]
     ]
     masks = (torch.arange(patches) < patches // 4).expand(2, batch, patches)
+    part = views, masks, torch.arange(batch)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        return model, model.losses(model.student, views, masks, torch.arange(batch), 0.05)
+        (targets,), _ = model.targets([part], 0.05)
+        return model, model.losses(model.student, part, targets)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

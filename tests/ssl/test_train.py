@@ -84,13 +84,14 @@ def test_killed_at_random_points_it_ends_bit_identical(reference, tiny_shards, t
 
 
 @pytest.mark.slow
-def test_a_termination_signal_saves_and_the_run_goes_on(reference, tiny_shards, tiny_recipe, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_termination_signal_saves_and_the_run_goes_on(number, reference, tiny_shards, tiny_recipe, tmp_path):
     run = tmp_path / "run"
     process = subprocess.Popen(command(tiny_recipe, tiny_shards, run), env=ENVIRONMENT)
     while not records(run):
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     assert process.wait(60) == 75
     assert 0 < len(losses(run)) < 8
     assert checkpoint.latest(run).name == f"step-{max(losses(run)):08d}"

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
+from sklearn.model_selection import LeaveOneGroupOut
 from sklearn.neighbors import KNeighborsClassifier
 
-from eosin.eval import knn
-from eosin.eval.knn import knn_probabilities
+from eosin.ssl import metrics
+from eosin.ssl.metrics import knn_across_groups, knn_probabilities
 
 
 def draw(seed=0, queries=70, train=300, dimension=16, classes=5):
@@ -29,7 +30,7 @@ def test_every_k_in_one_pass_and_any_chunk(monkeypatch):
     together = knn_probabilities(queries, train, labels, 5, [20, 3, 100])
     for row, k in enumerate([20, 3, 100]):
         np.testing.assert_allclose(together[row], knn_probabilities(queries, train, labels, 5, [k])[0], atol=1e-6)
-    monkeypatch.setattr(knn, "CHUNK", 900)
+    monkeypatch.setattr(metrics, "CHUNK", 900)
     np.testing.assert_allclose(knn_probabilities(queries, train, labels, 5, [20, 3, 100]), together, atol=1e-6)
 
 
@@ -48,3 +49,22 @@ def test_half_precision_and_class_never_seen():
     np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-5)
     with pytest.raises(ValueError, match="exceeds"):
         knn_probabilities(queries, train, labels, 5, [301])
+
+
+def test_across_groups_equals_scikit_learn_left_one_group_out():
+    _, features, labels = draw(3)
+    groups = np.arange(300) % 7 * 3  # numbers need not follow each other
+    expected = np.empty_like(labels)
+    for own, out in LeaveOneGroupOut().split(features, labels, groups):
+        oracle = KNeighborsClassifier(20, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07))
+        expected[out] = oracle.fit(features[own].astype(np.float64), labels[own]).predict(features[out])
+    np.testing.assert_array_equal(knn_across_groups(features, labels, groups, 5, 20), expected)
+
+
+def test_across_groups_a_tile_is_not_told_by_its_own_group():
+    # Groups lie in pairs of different labels: whoever looks into its own group is always right, and else always wrong.
+    groups = np.arange(80) // 20
+    labels = groups % 2
+    features = np.hstack([np.eye(2)[groups // 2], 0.1 * np.eye(4)[groups]]).astype(np.float32)
+    assert (knn_probabilities(features, features, labels, 2, [5])[0].argmax(1) == labels).all()
+    assert (knn_across_groups(features, labels, groups, 2, 5) != labels).all()
