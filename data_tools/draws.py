@@ -6,6 +6,7 @@ draws do not depend on the worker, the rank, the device or its neighbors in the 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -51,29 +52,40 @@ def generator(*words: int) -> np.random.Generator:
 def permute(index: Any, size: int, *key: Any) -> Any:
     """Where position ``index`` (a NumPy int64 array in [0, size)) goes in a keyed permutation of ``range(size)``.
 
-    A Feistel network over as many bits as hold the size, walked along its cycle until the value is in range: constant
-    memory, any position at once (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). A key is
-    made of integers, or of arrays in the shape of ``index`` where each position is of a permutation of its own.
+    A generalized Feistel network over pairs of numbers, of which there are hardly more than ``size``, walked along its
+    cycle where a result is out of range: constant memory, any position at once (Black and Rogaway, "Ciphers with
+    arbitrary finite domains", 2002, method 3). A key is made of integers, or of arrays in the shape of ``index`` where
+    each position is of a permutation of its own.
     """
-    bits = max(2, (size - 1).bit_length())
-    shape = np.shape(index)
+    rows = math.isqrt(size - 1) + 1
+    columns = -(-size // rows)
     value = np.array(index, dtype=np.int64, copy=True).reshape(-1)
-    own = np.atleast_1d(np.asarray(hash32(*key), dtype=np.int64))
-    keys = [mix(own + number * 0x9E3779B9).astype(np.uint32) for number in range(4)]
-    keys = [np.broadcast_to(part, shape or 1).reshape(-1) for part in keys]
+    own = hash32(*key)
+    keys: list[Any] = [mix(own + number * 0x9E3779B9) for number in range(4)]
+    if np.ndim(own):
+        keys = [part.astype(np.uint32).reshape(-1) for part in keys]
+    else:
+        keys = [np.full(1, part, dtype=np.uint32) for part in keys]
     walking: Any = slice(None)
     while True:
-        low, high = bits // 2, bits - bits // 2  # widths of the right and the left part, which change places
-        here = value[walking]
-        left, right = (here >> low).astype(np.uint32), (here & ((1 << low) - 1)).astype(np.uint32)
-        for round_key in keys:
-            left, right = right, left ^ (_mix32(right + round_key[walking]) & np.uint32((1 << high) - 1))
-            low, high = high, low
-        value[walking] = (left.astype(np.int64) << low) | right
+        left, right = (part.astype(np.uint32) for part in np.divmod(value[walking], columns))
+        for number, part in enumerate(keys):
+            round_key = part[walking] if len(part) == len(value) else part
+            if number % 2:
+                _add(right, _mix32(left + round_key), columns)
+            else:
+                _add(left, _mix32(right + round_key), rows)
+        value[walking] = left.astype(np.int64) * columns + right
         outside = np.flatnonzero(value >= size)
         if not len(outside):
-            return value.reshape(shape)
+            return value.reshape(np.shape(index))
         walking = outside
+
+
+def _add(words: np.ndarray, more: np.ndarray, modulus: int) -> None:
+    """Add to uint32 words below ``modulus``, which is below 2^31, in place and modulo it."""
+    words += more % np.uint32(modulus)
+    words -= (words >= modulus) * np.uint32(modulus)
 
 
 def _mix32(words: np.ndarray) -> np.ndarray:

@@ -115,7 +115,9 @@ class Order:
 
     def _tiles(self, number: int, draws: np.ndarray) -> np.ndarray:
         source = self.sources[number]
-        epoch, places = np.divmod(draws, source.draws)
+        epochs, places = np.divmod(draws, source.draws)
+        # Nearly always it is one epoch; a key of integers is made once, one of arrays for each position.
+        epoch = int(epochs[0]) if len(epochs) and epochs.min() == epochs.max() else epochs
         places = shuffled(places, source.draws, self.block, self.window, self.seed, number, epoch)
         if source.runs is None:
             return places

@@ -19,7 +19,7 @@ SETTLED = 100  # steps; before them even a healthy teacher still answers evenly
 FEW = 5  # records over which what varies from batch to batch is averaged
 MANY = 50  # records that a gradient's norm is compared with
 # Nats. A teacher whose answers are this near to even tells nothing; in healthy runs, short and small ones included,
-# its distance from ln K is five times as large.
+# its distance from ln K is three times as large and more.
 NOTHING = 0.01
 EXPLODED = 10.0  # times its median
 # The slide decides where neighbors that could be of the same slide are so more often than not, and five times as often
@@ -28,7 +28,9 @@ EXPLODED = 10.0  # times its median
 OF_SLIDE, OF_CHANCE = 0.5, 5.0
 UNUSED = 0.1  # of the prototypes that even use would hit
 WAITED = 0.2  # of the time
-FALLING = 3  # evaluations of the probe in a row
+# Evaluations of the probe in a row that fall short of its best by more than one standard error (the rule of Breiman et
+# al. 1984, section 3.4.3). The error is that of other patients; the same are looked at each time, which varies less.
+FALLING = 3
 TREND, CLEAR = 8, 4.0  # evaluations on held-out patients, and how many of its errors a slope must have
 
 
@@ -45,7 +47,8 @@ class Monitors:
         self.norms: deque[float] = deque(maxlen=MANY + FEW)
         self.best_probe, self.behind = (-math.inf, 0), 0  # accuracy and step; evaluations in a row that fell short
         self.losses: list[float] = []  # of training since the last look at held-out patients
-        self.held_out: deque[tuple[float, float]] = deque(maxlen=TREND)  # loss on them, and of training until then
+        # Loss on them, and of training until then.
+        self.held_out: deque[tuple[float, float]] = deque(maxlen=TREND if config.health.held_out else 0)
 
     def look(self, record: Mapping[str, Any]) -> dict[str, str]:
         """Sentences about a record in the light of those before, by a short name; none when all is well."""
@@ -136,7 +139,7 @@ class Monitors:
         }
 
     def _held_out(self, r: Mapping[str, float]) -> dict[str, str]:
-        if "loss" in r:
+        if "loss" in r and self.held_out.maxlen:
             self.losses.append(r["loss"])
         if "held_out_loss" not in r or not self.losses:
             return {}

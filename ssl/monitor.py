@@ -6,6 +6,7 @@ network may be spread over all of them.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,8 @@ FIXED_TILES, CROP_TILES = 8, 4  # in the pictures of patch tokens and of crops
 SIDE = 160  # pixels of a tile in the picture of patch tokens
 SCORES = Path("tensorboard") / "patch_scores.npy"  # of the last picture, so that the next has its colors
 DRAW = purpose("monitored tile")
+# What is compiled for training is not compiled again for other numbers of tiles.
+eager = partial(torch.compiler.set_stance, "force_eager")
 
 
 class Looked(NamedTuple):
@@ -64,7 +67,9 @@ class Monitor:
     def begin(self, model: StudentTeacher, device: torch.device) -> None:
         """Measure the weights that a run begins with; they are part of its first record."""
         if self.probe:
-            self.start = {"probe_start": self.probe.measure(model, device)["probe_accuracy"]}
+            with eager():
+                found = self.probe.measure(model, device)
+            self.start = {"probe_start": value for name, value in found.items() if name == "probe_accuracy"}
 
     def due(self, done: int) -> bool:
         """Whether there is something to look at after ``done`` steps."""
@@ -89,12 +94,13 @@ class Monitor:
         numbers, pictures, device = self.start, {}, views.positions.device
         self.start = {}
         probe, held_out, picture = self._due(done)
-        if probe and self.probe:
-            numbers = numbers | self.probe.measure(model, device)
-        if held_out and self.held_out:
-            numbers = numbers | self.held_out.measure(model, student, moment, device)
-        if picture and self.pictures:
-            pictures = self.pictures.draw(model, phase, batch, views)
+        with eager():
+            if probe and self.probe:
+                numbers = numbers | self.probe.measure(model, device)
+            if held_out and self.held_out:
+                numbers = numbers | self.held_out.measure(model, student, moment, device)
+            if picture and self.pictures:
+                pictures = self.pictures.draw(model, phase, batch, views)
         return Looked(numbers, pictures)
 
     def _due(self, done: int) -> tuple[bool, bool, bool]:
@@ -303,7 +309,9 @@ def _read(shards: Mixture, tiles: np.ndarray, count: int) -> tuple[torch.Tensor,
 
     The others are left out and said, on rank 0.
     """
-    images, kept, bad = [], [], []
+    images: list[np.ndarray] = []
+    kept: list[int] = []
+    bad: list[str] = []
     for first in range(0, len(tiles), CHUNK):
         if len(kept) >= count:
             break

@@ -37,7 +37,7 @@ FREE = {
     "optim.max_skipped",
     *(f"run.{key}" for key in ("dir", "device", "strategy", "checkpoint_activations")),
     *(f"run.{key}" for key in ("log_every", "checkpoint_every", "keep", "keep_every")),
-    *(f"health.{key}" for key in ("pictures_every", "held_out_every", "probe")),
+    *(f"health.{key}" for key in ("pictures_every", "held_out_every")),
     *(f"health.probe.{key}" for key in OnlineProbe.model_fields),
 }
 TERMS = ("dino", "ibot", "koleo", "kde")

@@ -17,6 +17,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from eosin.eval.report.findings import number
 
@@ -48,6 +49,7 @@ STYLE: dict[Any, Any] = {
 }
 DPI = 170
 LONGEST_NAME = 40
+NORM = "Norm of the gradient"
 COLORS = {"trained": PURPLE, "random": GRAY, "color": ORANGE, "other": BLUE}
 
 
@@ -73,10 +75,31 @@ class Cloud:
 
 
 def curves(records: list[dict[str, Any]], prototypes: int) -> bytes:
-    """A run's metrics against its steps, as small multiples; ln K is what a student without an answer pays."""
+    """A run's metrics against its steps, as small multiples; ln K is what a student without an answer pays.
+
+    What is looked at now and then only is drawn as dots; a panel without a number is left out.
+    """
     top = math.log(prototypes)
     panels: list[tuple[str, list[tuple[str, str, str]], dict[str, float]]] = [
-        ("Loss", [("dino", "DINO", PURPLE), ("ibot", "iBOT", ORANGE)], {f"ln K = {top:.2f}": top}),
+        (
+            "Loss",
+            [
+                ("dino", "DINO", PURPLE),
+                ("ibot", "iBOT", ORANGE),
+                ("held_out_dino", "DINO, held out", PURPLE),
+                ("held_out_ibot", "iBOT, held out", ORANGE),
+            ],
+            {f"ln K = {top:.2f}": top},
+        ),
+        (
+            "Accuracy of the online probe",
+            [
+                ("probe_accuracy", "balanced", PURPLE),
+                ("probe_start", "of the first weights", GREEN),
+                ("probe_chance", "by chance", GRAY),
+            ],
+            {},
+        ),
         ("Spread of class tokens", [("koleo", "KoLeo", PURPLE), ("kde", "KDE", ORANGE)], {}),
         ("Effective rank of class tokens", [("effective_rank", "", PURPLE)], {}),
         (
@@ -85,29 +108,62 @@ def curves(records: list[dict[str, Any]], prototypes: int) -> bytes:
             {f"ln K = {top:.2f}": top},
         ),
         (
-            "Neighbors from the same slide",
-            [("same_slide_rate", "observed", PURPLE), ("same_slide_chance", "by chance", GRAY)],
+            "Prototypes in use",
+            [("prototypes_used", "observed", PURPLE), ("prototypes_even", "by even use", GRAY)],
             {},
         ),
+        (
+            "Neighbors from the same slide",
+            [
+                ("same_slide_rate", "observed", PURPLE),
+                ("same_slide_chance", "by chance", GRAY),
+                ("same_slide_most", "at most", GREEN),
+            ],
+            {},
+        ),
+        (NORM, [("grad_norm", "", PURPLE)], {}),
+        ("Share of time and peak", [("data_wait", "waiting for tiles", ORANGE), ("mfu", "MFU", PURPLE)], {}),
         ("Learning rate", [("lr", "", PURPLE)], {}),
         ("Momentum of the teacher", [("momentum", "", PURPLE)], {}),
         ("Temperature of the teacher", [("teacher_temperature", "", PURPLE)], {}),
     ]
-    steps = [r["step"] for r in records]
+    known = {key for r in records for key, value in r.items() if value is not None}
+    panels = [panel for panel in panels if any(key in known for key, *_ in panel[1])]
+    rows = -(-len(panels) // 4)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(12, 5.4), layout="constrained")
-        for axes, (title, lines, levels) in zip(figure.subplots(2, 4).flat, panels):
-            for key, label, color in lines:
-                values = [math.nan if r.get(key) is None else r[key] for r in records]
-                marker = "o" if len(records) < 4 else ""
-                axes.plot(steps, values, color=color, label=label or None, marker=marker, markersize=4)
+        figure = Figure(figsize=(12, 2.7 * rows), layout="constrained")
+        grid = figure.subplots(rows, 4, squeeze=False).flatten()
+        for axes, (title, lines, levels) in zip(grid, panels):
+            drawn = [line for line in lines if line[0] in known]
+            for key, label, color in drawn:
+                looked = [r for r in records if key in r]
+                values = [math.nan if r[key] is None else r[key] for r in looked]
+                few = len(looked) < 4 or len(looked) < len(records)
+                axes.plot(
+                    [r["step"] for r in looked],
+                    values,
+                    color=color,
+                    label=label or None,
+                    marker="o" if few else "",
+                    markersize=4,
+                    linewidth=0.8 if few else None,
+                )
             for label, level in levels.items():
                 axes.axhline(level, color=SOFT, linestyle=(0, (4, 3)), linewidth=1, label=label)
             axes.set_title(title)
-            axes.locator_params(nbins=5)
-            axes.ticklabel_format(useOffset=False, style="plain" if title != "Learning rate" else "sci")
+            axes.locator_params(axis="x", nbins=5)
+            if title == NORM:
+                axes.set_yscale("log")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_minor_formatter(NullFormatter())
+            else:
+                axes.locator_params(axis="y", nbins=5)
+                axes.ticklabel_format(useOffset=False, style="plain" if title != "Learning rate" else "sci")
             if len(lines) + len(levels) > 1:
                 axes.legend()
+        for axes in grid[len(panels) :]:
+            axes.set_axis_off()
         figure.supxlabel("training step", fontsize=10, color=SOFT)
         return _png(figure)
 

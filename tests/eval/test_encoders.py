@@ -12,6 +12,7 @@ from eosin.eval.encoders import color_statistics, load_encoder, pool
 from eosin.ssl import checkpoint
 from eosin.ssl.config import read_run_config
 from eosin.ssl.network import Network, StudentTeacher
+from eosin.ssl.whole_tiles import preprocess
 
 
 def tiles(n=4, size=64, seed=0):

@@ -132,7 +132,7 @@ def test_a_held_out_loss_that_rises_while_training_goes_down():
         for on_them, own in zip(held_out, trained):
             changes += [{"loss": own + 0.1 * math.sin(len(changes) + n)} for n in range(9)]
             changes += [{"loss": own, "held_out_loss": on_them}]
-        return last(*changes)
+        return last(*changes, health__held_out=0.1)
 
     down, up, flat = np.linspace(5, 4, TREND), np.linspace(4, 4.4, TREND), np.full(TREND, 4.5)
     wobble = 0.02 * np.cos(np.arange(TREND) * 2.4)

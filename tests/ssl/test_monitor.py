@@ -113,9 +113,8 @@ def settings(recipe, shards, run, *overrides):
 
 @pytest.mark.parametrize("balance", ["[]", "[slide]"])
 def test_held_out_patients_are_whole_and_never_streamed(balance, tiny_recipe, shards, tmp_path):
-    config = settings(tiny_recipe, shards, tmp_path / "run", "health.held_out=0.3", "run.steps=200")
-    config = config.model_copy(update={"data": config.data.model_copy(update={"balance": json.loads(
-        balance.replace("slide", '"slide"'))})})  # fmt: skip
+    given = ["health.held_out=0.3", "run.steps=200", f"data.balance={balance}"]
+    config = settings(tiny_recipe, shards, tmp_path / "run", *given)
     (phase,) = feed.phases(config, None, CPU)
     out = held_out_slides(phase.shards, 0.3, config.run.seed)
     assert 0 < len(out) < SLIDES
@@ -125,6 +124,8 @@ def test_held_out_patients_are_whole_and_never_streamed(balance, tiny_recipe, sh
     held = HeldOut(phase)
     assert set(held.batch["slide"].tolist()) <= out
     assert len(held.batch["tile"]) == min(16, 4 * len(out))
+    again = HeldOut(phase)  # as when a run goes on
+    assert all(torch.equal(again.batch[key], held.batch[key]) for key in ("images", "position", "tile", "slide"))
 
 
 def test_who_is_held_out_depends_on_the_patient_alone(tmp_path):
