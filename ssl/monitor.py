@@ -69,7 +69,7 @@ class Monitor:
         if self.probe:
             with eager():
                 found = self.probe.measure(model, device)
-            self.start = {"probe_start": value for name, value in found.items() if name == "probe_accuracy"}
+            self.start = {"probe_start": found["probe_accuracy"]} if found else {}
 
     def due(self, done: int) -> bool:
         """Whether there is something to look at after ``done`` steps."""

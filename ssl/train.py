@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import gc
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -199,17 +200,30 @@ def _refuse_other_run(config: Config) -> None:
 
 @contextlib.contextmanager
 def _locked(run: Path) -> Iterator[None]:
-    """Hold the run folder: one training at a time. Only rank 0 locks."""
+    """Hold the run folder: one training at a time. Only rank 0 locks. A run that was refused leaves no folder."""
     if distributed.rank() != 0:
         yield
         return
+    there = run.exists()
     run.mkdir(parents=True, exist_ok=True)
-    with (run / ".lock").open("w") as file:
+    path = run / ".lock"
+    with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # One that was just refused may have removed the file that was opened.
+            held = path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino
         except BlockingIOError:
-            raise UserError(f"run.dir: another process is training in {run}; wait for it, or give another") from None
-        yield
+            held = False
+        if not held:
+            raise UserError(f"run.dir: another process is training in {run}; wait for it, or give another")
+        try:
+            yield
+        finally:
+            if not (run / "config.yaml").exists():
+                path.unlink()
+                if not there:
+                    with contextlib.suppress(OSError):  # something else is in it
+                        run.rmdir()
 
 
 @contextlib.contextmanager
