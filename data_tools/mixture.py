@@ -69,7 +69,7 @@ class Mixture:
                     f"{self.tile_size}; make them alike to mix them"
                 )
         self.firsts = np.cumsum([0, *(len(s) for s in self.sets)])
-        self.first_slides = np.cumsum([0, *(s.dataset["slides"] for s in self.sets)])
+        self.first_slides = np.cumsum([0, *(s.slide_count for s in self.sets)])
 
     def __len__(self) -> int:
         return int(self.firsts[-1])
@@ -81,6 +81,21 @@ class Mixture:
             return self.sets[0].identity
         text = " ".join(f"{s.identity} {share / sum(self.shares):.9g}" for s, share in zip(self.sets, self.shares))
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def marks(self, sampling: Sampling) -> str:
+        """SHA-256 over what ``sampling`` reads beside the tiles: weights, clusters, columns; "" for nothing."""
+        if not (sampling.weights or sampling.clusters or sampling.balance or sampling.leave_out):
+            return ""
+        state = hashlib.sha256(repr(sorted(sampling.leave_out)).encode())
+        for shards in self.sets:
+            for kind, name in (("weights", sampling.weights), ("clusters", sampling.clusters)):
+                if name:
+                    state.update(_numbers(shards, f"{kind}-{name}.npy", "fiu").tobytes())
+            table = shards.slides()
+            for column in sampling.balance:
+                if column in table:
+                    state.update("\0".join(table[column].astype(str)).encode())
+        return state.hexdigest()
 
     def rows(self, tiles: np.ndarray) -> np.ndarray:
         """Index rows of ``tiles``, [n] of dtype :data:`~eosin.data_tools.shards.INDEX`, with slides numbered on."""
@@ -185,14 +200,21 @@ def _runs(shards: ShardSet, sampling: Sampling, left_out: np.ndarray) -> Any:
 def _numbers(shards: ShardSet, file: str, kinds: str) -> np.ndarray:
     """One number a tile from a file in a shard set's folder."""
     try:
-        found = np.load(io.BytesIO(shards.store.read_all(file)), allow_pickle=False)
+        stored = io.BytesIO(shards.store.read_all(file))
+        version = np.lib.format.read_magic(stored)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(stored)
+        stored.seek(0)
+        # What the header says is checked before memory is taken for it.
+        fits = shape == (len(shards),) and dtype.kind in kinds
+        found = np.lib.format.read_array(stored, allow_pickle=False) if fits else None
     except FileNotFoundError:
         raise UserError(f"{shards.name}/{file} does not exist; it should hold one number a tile") from None
     except (ValueError, OSError, EOFError) as error:
         raise UserError(f"{shards.name}/{file} is not readable as an array of NumPy: {error}") from None
-    if found.shape != (len(shards),) or found.dtype.kind not in kinds:
+    if found is None:
         raise UserError(
-            f"{shards.name}/{file} holds {found.dtype} of shape {list(found.shape)}; "
+            f"{shards.name}/{file} holds {dtype} of shape {list(shape)}; "
             f"one {'integer' if kinds == 'iu' else 'number'} for each of {len(shards)} tiles is expected"
         )
     return found

@@ -184,6 +184,7 @@ def make_runs(
     if not kept.any():
         raise ValueError("no tile has a weight above 0")
     first, length, slide, cluster, weight = (x[kept] for x in (first, length, slide, cluster, weight))
+    weight = weight / weight.max()  # so that no sum is too large for a float, nor all of them too small
     mass = weight.copy()
     if groups is not None:
         levels = [groups[slide, level] for level in range(groups.shape[1])]

@@ -36,6 +36,7 @@ SCHEMA = 1
 SHARD_BYTES = 256 << 20
 ROWS_IN_MEMORY = 1 << 20  # tiles of a set whose whole index, 44 MiB, is kept; of a larger one it is read row by row
 EXTENSIONS = ("jpg", "png")
+MAX_SIDE = 8192  # pixels; a tile larger than this is refused before it is decoded
 
 INDEX = np.dtype(
     [
@@ -182,7 +183,7 @@ class ShardSet:
     def __init__(self, folder: Path | str) -> None:
         self.store = open_store(folder)
         self.name = self.store.name
-        if isinstance(self.store, Local) and not Path(folder).exists():
+        if isinstance(self.store, Local) and not self.store.folder.exists():
             raise UserError(f"{self.name} does not exist; make a shard set with 'eosin tile' or 'eosin pack'")
         self.dataset = parse_json(
             lambda: self.store.read_all("dataset.json"), f"{self.name}/dataset.json", "the description of a shard set"
@@ -192,12 +193,14 @@ class ShardSet:
                 f"{self.name}/dataset.json has schema {self.dataset.get('schema')!r}; this version reads {SCHEMA}"
             )
         try:
-            self.tile_size: int = self.dataset["tile_size"]
+            self.tile_size = _number(self.dataset, "tile_size", 1, MAX_SIDE)
             self.mpp: float | None = self.dataset["mpp"]
+            self.slide_count = _number(self.dataset, "slides", 0)
             for shard in self.dataset["shards"]:
                 if Path(shard["file"]).name != shard["file"] or len(shard["sha256"]) != 64:
                     raise KeyError(f"shard {shard['file']!r}")  # a file elsewhere is none of this set's
-            self.starts = np.cumsum([0, *(int(s["tiles"]) for s in self.dataset["shards"])])
+                _number(shard, "bytes", 0)
+            self.starts = np.cumsum([0, *(_number(s, "tiles", 0) for s in self.dataset["shards"])])
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{self.name}/dataset.json is incomplete or wrong ({error}); make the shard set again"
@@ -217,7 +220,7 @@ class ShardSet:
         """Where the set lies on this machine. Raises UserError where it does not."""
         if not isinstance(self.store, Local):
             raise UserError(f"{self.name} is not on this machine; copy it here to change it or to look at its files")
-        return Path(self.name)
+        return self.store.folder
 
     @property
     def tars(self) -> list[Path]:
@@ -241,12 +244,21 @@ class ShardSet:
         read = []
         for shard, place in zip(shards.tolist(), (tiles - self.starts[shards]).tolist()):
             file = index_name(self.dataset["shards"][shard]["file"])
-            read.append(self.store.read(file, self._begin(shard) + place * size, size))
-        return np.frombuffer(b"".join(read), dtype=INDEX)
+            begin = self._begin(shard) + place * size
+            try:
+                read.append(self.store.read(file, begin, size))
+            except (EOFError, OSError) as error:
+                raise UserError(f"the index of {self.name} cannot be read: {error}") from None
+        return self._checked(np.frombuffer(b"".join(read), dtype=INDEX))
 
     @cached_property
     def _rows(self) -> np.ndarray:
-        return np.concatenate([np.zeros(0, dtype=INDEX), *self.indices()])
+        return self._checked(np.concatenate([np.zeros(0, dtype=INDEX), *self.indices()]))
+
+    def _checked(self, rows: np.ndarray) -> np.ndarray:
+        if ((rows["slide"] < 0) | (rows["slide"] >= self.slide_count)).any():
+            raise UserError(f"{self.name}: the index names slides that are not in the slides table; {self._mend}")
+        return rows
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_rows"}
@@ -266,12 +278,12 @@ class ShardSet:
         """The encoded images of ``tiles``, [n], with index rows ``rows``; for one out of reach, what was raised."""
         files = [self.dataset["shards"][shard]["file"] for shard in self._shards_of(tiles).tolist()]
         wanted = list(zip(files, rows["offset"].tolist(), rows["size"].tolist()))
-        self.store.prefetch(wanted)
+        self.store.prefetch([where for where in wanted if min(where[1:]) >= 0])
         read = self.store.read
         for where in wanted:
             try:
                 yield read(*where)
-            except (EOFError, OSError) as error:
+            except (EOFError, OSError, ValueError) as error:  # the last of a damaged row of the index
                 yield error
 
     def meta(self, tile: int) -> dict[str, Any]:
@@ -327,7 +339,7 @@ class ShardSet:
 
     @property
     def _mend(self) -> str:
-        return f"run 'eosin verify {self.name}'"
+        return f"{'' if isinstance(self.store, Local) else 'copy it here and '}run 'eosin verify {self.name}'"
 
     def _shards_of(self, tiles: np.ndarray) -> np.ndarray:
         if len(tiles) and (tiles.min() < 0 or tiles.max() >= len(self)):
@@ -357,6 +369,13 @@ class ShardSet:
         if dtype != INDEX or shape != (shard["tiles"],) or size != head.tell() + shard["tiles"] * INDEX.itemsize:
             raise UserError(f"{path} does not fit {shard['file']}; {self._mend}")
         return self._begins.setdefault(number, head.tell())
+
+
+def _number(described: dict[str, Any], key: str, least: int, most: int = 1 << 62) -> int:
+    value = described[key]
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{key} is {value!r}")
+    return value
 
 
 def write_slides(folder: Path, slides: pd.DataFrame) -> None:

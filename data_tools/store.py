@@ -37,6 +37,8 @@ TIMEOUT = 30.0  # seconds without a byte
 VERSIONS = ("ETag", "etag", "md5Hash", "Content-MD5", "Last-Modified", "LastModified", "last_modified", "mtime")
 OF_EXTRA = ("http", "https", "s3", "s3a")  # schemes that `pip install 'eosin[remote]'` brings
 
+CREDENTIALS = re.compile(r"^([^/?#]*@|[^/@]*:(?!\d+(/|$|\?))[^@]*@)")
+
 T = TypeVar("T")
 _counting = threading.Lock()
 
@@ -50,19 +52,19 @@ def open_store(root: Path | str) -> Local | Remote:
     if isinstance(root, Path) or not separator:
         return Local(root)
     if scheme == "file":
-        return Local(rest)
+        return Local(rest.removeprefix("localhost"))
     from fsspec.registry import get_filesystem_class
 
     try:
         get_filesystem_class(scheme)
     except ValueError:
         raise UserError(
-            f"{_without_credentials(str(root))} has a scheme '{scheme}' that nothing here reads; "
+            f"{without_credentials(str(root))} has a scheme '{scheme}' that nothing here reads; "
             "give a folder, or a URL that begins with https, http, s3, gs or another scheme of fsspec"
         ) from None
     except ImportError as error:
         how = "pip install 'eosin[remote]'" if scheme in OF_EXTRA else " ".join(str(error).split())
-        raise UserError(f"{_without_credentials(str(root))} needs a package that is not installed: {how}") from None
+        raise UserError(f"{without_credentials(str(root))} needs a package that is not installed: {how}") from None
     return Remote(str(root))
 
 
@@ -163,7 +165,7 @@ class Remote:
     """
 
     def __init__(self, root: str, cache: BlockCache | None = None, block: int = BLOCK) -> None:
-        self.name = _without_credentials(root)
+        self.name = without_credentials(root)
         self.block = block
         self.cache = cache or BlockCache()
         self.retries = 0
@@ -301,6 +303,8 @@ class Remote:
         for attempt in range(TRIES):
             try:
                 return call()
+            except UserError:  # no other try can mend it
+                raise
             # The libraries below fsspec raise errors that share no base. None is chained to ours, since their texts
             # hold URLs with the credentials in them.
             except Exception as error:
@@ -341,7 +345,8 @@ async def _refuse_other_bytes(response: Any) -> None:
     length, sent = response.content_length, response.headers.get("Content-Range", "")
     if response.status == 200 and (length is None or length > last - first + 1):
         response.close()
-        raise OSError("the server ignores Range and sends the whole file; serve it by one that reads ranges")
+        where = without_credentials(str(response.url))
+        raise UserError(f"{where}: the server ignores Range; serve it by one that reads ranges")
     if response.status == 206 and not sent.startswith(f"bytes {first}-"):
         response.close()
         raise OSError(f"the server sends '{sent}' where '{asked}' was asked")
@@ -365,11 +370,14 @@ def _cause(error: BaseException) -> tuple[int, str]:
     return 0, f"{type(error).__name__}: {text}"[:200] if text else type(error).__name__
 
 
-def _without_credentials(url: str) -> str:
-    scheme, _, rest = url.partition("://")
-    rest = re.split(r"[?#]", rest, maxsplit=1)[0].rstrip("/")
-    host, separator, path = rest.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{separator}{path}"
+def without_credentials(url: str) -> str:
+    """A URL without user, password, query and fragment; what is no URL stays as it is."""
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return url
+    # A password may hold any sign, by mistake a slash too; what follows a colon and is no port is taken for one.
+    rest = CREDENTIALS.sub("", rest, count=1)
+    return f"{scheme}://{re.split('[?#]', rest, maxsplit=1)[0].rstrip('/')}"
 
 
 def _checked(file: str) -> str:

@@ -8,8 +8,9 @@ workers, ranks or the past.
 from __future__ import annotations
 
 import signal
+import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypedDict
 
 import numpy as np
@@ -19,9 +20,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from eosin.data_tools.errors import UserError
 from eosin.data_tools.mixture import EVENLY, Mixture, Sampling
 from eosin.data_tools.order import Order
+from eosin.data_tools.shards import MAX_SIDE
 
-MAX_SIDE = 8192  # pixels; a tile larger than this is refused before it is decoded
 REPLACEMENTS = 16  # positions that are tried after one whose tile cannot be used
+OUTAGE = 4  # tiles of a batch out of reach, after which no more are waited for
+PNG = b"\x89PNG\r\n\x1a\n"
 JPEG = b"\xff\xd8\xff"  # what each begins with; bytes behind its end are no harm
 UNUSABLE = (ValueError, EOFError, OSError)  # what a tile that is broken or out of reach raises
 
@@ -36,29 +39,30 @@ class Batch(TypedDict):
     bad: list[tuple[int, str]]  # (tile, reason) of tiles replaced by a later one
 
 
-def decode(image: bytes) -> np.ndarray:
+def decode(image: bytes, side: int | None = None) -> np.ndarray:
     """Decode a JPEG or PNG to RGB, [H, W, 3] uint8. The size is checked before any pixel is decoded.
 
-    Raises ValueError with the reason when the image is broken or too large.
+    Raises ValueError with the reason when the image is broken, too large, or not ``side`` px wide and high.
     """
     import simplejpeg
 
     if image.startswith(JPEG):
         height, width, _, _ = simplejpeg.decode_jpeg_header(image)
-        _check_side(height, width)
+        _check_size(height, width, side)
         return simplejpeg.decode_jpeg(image, colorspace="RGB")
+    if not image.startswith(PNG) or len(image) < 24:
+        raise ValueError("not a JPEG or PNG")
+    width, height = struct.unpack(">II", image[16:24])  # of IHDR, the first chunk
+    _check_size(height, width, side)
     import io
 
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(io.BytesIO(image), formats=["PNG"]) as picture:
-            _check_side(picture.height, picture.width)
             return np.asarray(picture.convert("RGB"))
-    except UnidentifiedImageError:  # whose text holds an address, so that no two would be alike
-        raise ValueError("not a JPEG or PNG") from None
     except (OSError, SyntaxError) as error:
-        raise ValueError(f"not a readable PNG: {error}") from None
+        raise ValueError(f"not a readable PNG: {type(error).__name__}") from None
 
 
 def decode_tile(image: bytes | Exception, crc32: int, size: int) -> np.ndarray:
@@ -71,10 +75,7 @@ def decode_tile(image: bytes | Exception, crc32: int, size: int) -> np.ndarray:
         raise image
     if zlib.crc32(image) != crc32:
         raise ValueError("its bytes are not those that were written (crc32 differs)")
-    tile = decode(image)
-    if tile.shape != (size, size, 3):
-        raise ValueError(f"is {tile.shape[1]}×{tile.shape[0]} px, not {size}×{size}")
-    return tile
+    return decode(image, size)
 
 
 class Tiles(Dataset):
@@ -92,23 +93,32 @@ class Tiles(Dataset):
         tiles = self.order(positions)
         rows = self.shards.rows(tiles)
         slides = rows["slide"].astype(np.int64)
-        bad: list[tuple[int, str]] = []
+        bad: list[tuple[int, Exception]] = []
         read = zip(self.shards.images(tiles, rows), rows["crc32"].tolist())
         for i, (image, crc32) in enumerate(read):
             try:
                 images[i] = decode_tile(image, crc32, size)
             except UNUSABLE as error:
-                bad.append((int(tiles[i]), str(error)))
+                self._note(int(tiles[i]), error, bad)
                 images[i], tiles[i], slides[i] = self._after(int(positions[i]), bad)
         return Batch(
             images=torch.from_numpy(images).permute(0, 3, 1, 2),  # as decoders leave them, which resizing likes
             position=torch.from_numpy(positions),
             tile=torch.from_numpy(tiles),
             slide=torch.from_numpy(slides),
-            bad=bad,
+            bad=[(tile, str(error)) for tile, error in bad],
         )
 
-    def _after(self, position: int, bad: list[tuple[int, str]]) -> tuple[np.ndarray, int, int]:
+    def _note(self, tile: int, error: Exception, bad: list[tuple[int, Exception]]) -> None:
+        """List a bad tile. Raises UserError when so many are out of reach that more would be waited for in vain."""
+        bad.append((tile, error))
+        if isinstance(error, OSError) and sum(isinstance(e, OSError) for _, e in bad) == OUTAGE:
+            raise UserError(
+                f"{OUTAGE} tiles of one batch of {self.shards.name} are out of reach, the last one: {error}; mend that "
+                "and run the same command again: it goes on from its last checkpoint"
+            )
+
+    def _after(self, position: int, bad: list[tuple[int, Exception]]) -> tuple[np.ndarray, int, int]:
         """Image, tile and slide of the first position after ``position`` whose tile can be used."""
         following = self.order(np.arange(position + 1, position + 1 + REPLACEMENTS))
         rows = self.shards.rows(following)
@@ -117,7 +127,7 @@ class Tiles(Dataset):
             try:
                 return decode_tile(image, int(row["crc32"]), self.shards.tile_size), tile, int(row["slide"])
             except UNUSABLE as error:
-                bad.append((tile, str(error)))
+                self._note(tile, error, bad)
         raise UserError(
             f"{REPLACEMENTS + 1} tiles of {self.shards.name} in a row cannot be used, the last one "
             f"'{bad[-1][1]}'; run 'eosin verify'"
@@ -158,11 +168,11 @@ def batches(
         worker_init_fn=_leave_signals_to_the_rank,
         multiprocessing_context="spawn" if workers else None,
     )
-    return _in_one_line(iter(loader))
+    return _in_one_line(loader)
 
 
 class Slices(Sampler[np.ndarray]):
-    """Positions of one rank's slice of each step, in constant memory."""
+    """Positions of one rank's slice of each step."""
 
     def __init__(self, steps: Sequence[int], batch: int, offset: int, share: int) -> None:
         self.steps, self.batch, self.offset, self.share = steps, batch, offset, share
@@ -176,8 +186,11 @@ class Slices(Sampler[np.ndarray]):
             yield np.arange(first, first + self.share, dtype=np.int64)
 
 
-def _in_one_line(loader: Iterator[Batch]) -> Iterator[Batch]:
-    """A user's error that a worker met comes wrapped in the worker's traceback; its last line is the error's own."""
+def _in_one_line(loader: Iterable[Batch]) -> Iterator[Batch]:
+    """A user's error that a worker met comes wrapped in the worker's traceback; its last line is the error's own.
+
+    Workers start when the first batch is asked for.
+    """
     try:
         yield from loader
     except UserError as error:
@@ -192,6 +205,8 @@ def _leave_signals_to_the_rank(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _check_side(height: int, width: int) -> None:
+def _check_size(height: int, width: int, side: int | None) -> None:
     if max(height, width) > MAX_SIDE:
         raise ValueError(f"is {width}×{height} px, over the bound of {MAX_SIDE}")
+    if side is not None and (height, width) != (side, side):
+        raise ValueError(f"is {width}×{height} px, not {side}×{side}")

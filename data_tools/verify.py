@@ -37,6 +37,8 @@ def verify_shards(folder: Path | str, sample: int | None = None) -> tuple[list[s
     Raises:
         UserError: the folder is no shard set of this schema.
     """
+    if "://" in str(folder) or ":/" in str(folder):  # argparse's Path has one slash left
+        raise UserError("a shard set behind a URL is not verified from afar; copy it here and verify the copy")
     folder = Path(folder)
     if not folder.exists():
         raise UserError(f"{folder} does not exist; make a shard set with 'eosin tile' or 'eosin pack'")

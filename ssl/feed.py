@@ -149,6 +149,10 @@ def views(phase: Phase, batch: Batch, device: torch.device) -> Views:
 
 
 def identities(phases: list[Phase]) -> dict[str, str]:
-    """What a checkpoint remembers of the tiles it was trained on."""
-    names = ["shard set", "high-resolution shard set"]
-    return {name: phase.shards.identity for name, phase in zip(names, phases)}
+    """What a checkpoint remembers of the tiles it was trained on, and of what they were drawn by."""
+    found = {}
+    for name, phase in zip(["shard set", "high-resolution shard set"], phases):
+        found[name] = phase.shards.identity
+        if marks := phase.shards.marks(sampling(phase.config, phase.shards)):
+            found[f"weights, clusters or balanced columns of its {name}"] = marks
+    return found

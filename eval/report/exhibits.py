@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -27,6 +27,7 @@ from eosin.ssl.crops_sheet import views
 from eosin.ssl.feed import Phase
 from eosin.ssl.health import Monitors
 from eosin.ssl.stain.augment import make_augmenter
+from eosin.ssl.stain.fits import read_fit
 from eosin.ssl.stain.normalizer import Normalizer, describe, make_normalizer
 from eosin.ssl.stain.reference import BUILT_IN
 
@@ -73,6 +74,11 @@ def stain(m: Material) -> Section:
     blocks: list[Block] = []
     if mode == "off":
         blocks.append(Words(["Training used the tiles as they are (stain.normalize=off)."]))
+    broken = _readable(m)[1]
+    if broken:
+        first = next(iter(broken))
+        said = f"Broken stain fits: {len(broken)}, the first of slide '{m.column('slide')[first]}' ({broken[first]})"
+        blocks.append(Words([f"{said}; 'eosin stain fit {m.shards.name}' makes them anew."], "warning"))
     if shown is not None:
         chosen = m.spread(
             pd.Index(fitted["slide"] if len(fitted) else m.used.index), STAIN_SLIDES, ("site", "scanner", m.label)
@@ -85,7 +91,7 @@ def stain(m: Material) -> Section:
         target = shown.reference if shown else BUILT_IN["eosin"]
         drawn = plots.stains(vectors, maxima, sites, (np.array(target.vectors), np.array(target.maxima)))
         blocks.append(Gallery([chart(drawn, "stain vectors and colors of each slide, by site")], 2000))
-    else:
+    elif not broken:
         blocks.append(Words([f"No slide has a stain fit yet: 'eosin stain fit {m.shards.name}' adds them."]))
     blocks += _switched_off(m)
     for other in m.beside:
@@ -190,17 +196,30 @@ def attention(m: Material) -> Section:
 
 def _fits(m: Material) -> pd.DataFrame:
     """Slides with a stain fit: slide, vectors [2, 3], maxima [2]."""
-    texts = m.column("stain_fit")
-    rows = [(n, json.loads(texts[n])) for n in m.used.index if texts[n]]
+    rows = [(n, fit) for n, fit in _readable(m)[0].items() if n in m.used.index]
     return pd.DataFrame(
         [(n, np.array(f["vectors"]), np.array(f["maxima"])) for n, f in rows], columns=["slide", "vectors", "maxima"]
     )
 
 
+def _readable(m: Material) -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
+    """The fits of slides by number, and what is wrong with those that are broken."""
+    fits: dict[int, dict[str, Any]] = {}
+    broken: dict[int, str] = {}
+    for slide, text in enumerate(m.column("stain_fit")):
+        try:
+            if text:
+                fits[slide] = read_fit(str(text))
+        except ValueError as error:
+            broken[slide] = str(error)
+    return fits, broken
+
+
 def _would_be(m: Material) -> Normalizer | None:
     """What normalization to the built-in reference would do; None without fits that it can use."""
-    conventions = {json.loads(text)["convention"] for text in m.column("stain_fit") if text}
-    if len(conventions) != 1 or not conventions <= set(BUILT_IN):
+    fits, broken = _readable(m)
+    conventions = {fit["convention"] for fit in fits.values()}
+    if broken or len(conventions) != 1 or not conventions <= set(BUILT_IN):
         return None
     (convention,) = conventions
     return make_normalizer(describe(Stain(normalize="slide", convention=convention, reference=convention)), m.shards)

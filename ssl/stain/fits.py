@@ -18,6 +18,7 @@ from eosin.data_tools.shards import ShardSet, write_slides
 from eosin.data_tools.stream import decode
 from eosin.ssl.stain import lab, macenko
 from eosin.ssl.stain.density import WHITE
+from eosin.ssl.stain.reference import stain_error
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -99,26 +100,20 @@ def slide_fits(shards: ShardSet | Mixture, convention: str) -> list[dict[str, An
 
     Raises UserError when no fit was tried, one is broken, or they follow another convention.
     """
-    from eosin.ssl.stain.reference import stain_error
+    sets = shards.sets if isinstance(shards, Mixture) else [shards]
+    return [fit for one in sets for fit in _fits_of(one, convention)]
 
-    table = shards.slides()
-    again = f"run 'eosin stain fit {shards.name}{'' if convention == 'eosin' else f' --convention {convention}'}'"
-    if "stain_fit" not in table:
-        raise UserError(f"{shards.name} has no stain fits; {again}, or set stain.normalize to tile or off")
-    fits: list[dict[str, Any] | None] = []
-    for slide, text in zip(table["slide"], table["stain_fit"].fillna("")):
-        try:
-            fit = json.loads(text) if text else None
-            wrong = stain_error(fit) if fit is not None else ""
-        except (TypeError, ValueError, AttributeError, RecursionError):
-            wrong = "it is no JSON of a fit"
-        if wrong:
-            raise UserError(f"slide '{slide}' of {shards.name} has a broken stain fit ({wrong}); {again}")
-        fits.append(fit)
-    other = {fit["convention"] for fit in fits if fit} - {convention}
-    if other:
-        raise UserError(f"the stain fits of {shards.name} follow {min(other)}, not {convention}; {again}")
-    return fits
+
+def read_fit(text: str) -> dict[str, Any]:
+    """A slide's fit from its JSON in the slides table. Raises ValueError, which says what is wrong with it."""
+    try:
+        fit = json.loads(text)
+        wrong = stain_error(fit)
+    except (TypeError, ValueError, AttributeError, RecursionError):
+        raise ValueError("it is no JSON of a fit") from None
+    if wrong:
+        raise ValueError(wrong)
+    return fit
 
 
 def sample_tiles(shards: ShardSet, tiles: np.ndarray, count: int, seed: int, key: int = 0) -> list[np.ndarray]:
@@ -134,7 +129,10 @@ def sample_tiles(shards: ShardSet, tiles: np.ndarray, count: int, seed: int, key
 
 
 def fit_tiles(images: Sequence[np.ndarray], convention: str) -> SlideFit | str:
-    """The fit of tiles of one slide, each uint8 [h, w, 3]: medians over those that can be fitted; else why not."""
+    """The fit of tiles of one slide, each uint8 [h, w, 3]: medians over those that can be fitted; else why not.
+
+    What comes back as a fit is one that :func:`slide_fits` reads.
+    """
     rules = macenko.CONVENTIONS[convention]
     tensors = [torch.tensor(i).permute(2, 0, 1).unsqueeze(0) for i in images]
     # Only our own convention has the white point of a slide; its peers have one for all.
@@ -147,7 +145,7 @@ def fit_tiles(images: Sequence[np.ndarray], convention: str) -> SlideFit | str:
         return max(sorted(set(reasons)), key=reasons.count)
     vectors, maxima = macenko.pooled([(fits[i].vectors[0], fits[i].maxima[0]) for i in good])
     mean, std = (torch.cat([getattr(colors[i], key) for i in good]).quantile(0.5, dim=0) for key in ("mean", "std"))
-    return SlideFit(
+    found = SlideFit(
         vectors,
         maxima,
         white,
@@ -158,6 +156,9 @@ def fit_tiles(images: Sequence[np.ndarray], convention: str) -> SlideFit | str:
         angle=float(torch.rad2deg(torch.acos((vectors[0] @ vectors[1]).clamp(-1, 1)))),
         residual=float(torch.cat([fits[i].residual for i in good]).quantile(0.5)),
     )
+    # Tiles of two slides under one name can each be good, and their median be the stains of neither.
+    wrong = stain_error(_numbers(found, convention))
+    return f"its tiles have no stains in common: {wrong}" if wrong else found
 
 
 def white_point(images: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -173,9 +174,30 @@ def white_point(images: Sequence[torch.Tensor]) -> torch.Tensor:
     return brightest + 1 if brightest.min() >= LEAST_WHITE else found
 
 
+def _fits_of(shards: ShardSet, convention: str) -> list[dict[str, Any] | None]:
+    table = shards.slides()
+    again = f"run 'eosin stain fit {shards.name}{'' if convention == 'eosin' else f' --convention {convention}'}'"
+    if "stain_fit" not in table:
+        raise UserError(f"{shards.name} has no stain fits; {again}, or set stain.normalize to tile or off")
+    fits: list[dict[str, Any] | None] = []
+    for slide, text in zip(table["slide"], table["stain_fit"].fillna("")):
+        try:
+            fits.append(read_fit(text) if text else None)
+        except ValueError as error:
+            raise UserError(f"slide '{slide}' of {shards.name} has a broken stain fit ({error}); {again}") from None
+    other = {fit["convention"] for fit in fits if fit} - {convention}
+    if other:
+        raise UserError(f"the stain fits of {shards.name} follow {min(other)}, not {convention}; {again}")
+    return fits
+
+
+def _numbers(fit: SlideFit, convention: str) -> dict[str, Any]:
+    numbers = {key: getattr(fit, key).tolist() for key in ("vectors", "maxima", "white", "lab_mean", "lab_std")}
+    return {"convention": convention} | numbers
+
+
 def _row(fit: SlideFit | str, convention: str = "") -> tuple[Any, ...]:
     """The values of COLUMNS."""
     if isinstance(fit, str):
         return "", fit, 0, 0, float("nan"), float("nan")
-    found = {key: getattr(fit, key).tolist() for key in ("vectors", "maxima", "white", "lab_mean", "lab_std")}
-    return json.dumps({"convention": convention} | found), "", fit.tiles, fit.pixels, fit.angle, fit.residual
+    return json.dumps(_numbers(fit, convention)), "", fit.tiles, fit.pixels, fit.angle, fit.residual

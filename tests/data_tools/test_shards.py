@@ -203,6 +203,45 @@ def test_rows_of_large_sets_are_read_one_by_one_and_are_the_same(folder, monkeyp
         gone.row(len(gone) - 1)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("tile_size", "96"), ("tile_size", -1), ("tile_size", 10**7), ("slides", None), ("slides", "x")]
+)
+def test_a_description_with_impossible_numbers_is_refused(folder, key, value):
+    about = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps(about | {key: value}))
+    with pytest.raises(UserError, match=f"{key} is {value!r}"):
+        ShardSet(folder)
+
+
+@pytest.mark.parametrize(("key", "value"), [("tiles", -5), ("bytes", None)])
+def test_a_shard_with_impossible_numbers_is_refused(folder, key, value):
+    about = json.loads((folder / "dataset.json").read_text())
+    about["shards"][0][key] = value
+    (folder / "dataset.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=f"{key} is {value!r}"):
+        ShardSet(folder)
+
+
+def test_damaged_rows_of_the_index(folder):
+    path = folder / "tiles-000000.index.npy"
+    index = np.load(path).copy()
+    harmed = index.copy()
+    harmed["offset"][0] = -512
+    np.save(path, harmed)
+    with pytest.raises(ValueError, match="neither may be negative"):
+        ShardSet(folder).image(0)
+    harmed = index.copy()
+    harmed["slide"][0] = 9999
+    np.save(path, harmed)
+    with pytest.raises(UserError, match="names slides that are not in the slides table"):
+        ShardSet(folder).image(0)
+
+
+def test_a_file_url_is_its_folder(folder):
+    assert ShardSet(f"file://{folder}").image(0) == image_of(0)
+    assert ShardSet(f"file://localhost{folder}").tars == ShardSet(folder).tars
+
+
 def test_cut_tar_is_an_error_and_never_short_data(folder):
     tar = ShardSet(folder).tars[-1]
     shards = ShardSet(folder)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from eosin.data_tools.errors import UserError
 from eosin.data_tools.mixture import Mixture, Sampling
-from eosin.data_tools.shards import INDEX, ShardSet, ShardWriter
+from eosin.data_tools.shards import INDEX, ShardSet, ShardWriter, write_slides
 from eosin.data_tools.stream import batches, decode
 
 TILES, SIZE = 23, 16
@@ -237,11 +237,31 @@ def test_a_shard_that_went_out_of_reach_is_counted_and_ends_the_stream_in_one_li
     far.rows(np.arange(TILES))
     for name in [n for n in served.content if n.endswith(".tar")]:
         del served.content[name]
-    with pytest.raises(UserError, match="in a row cannot be used") as error:
-        next(batches(far, batch=4, steps=range(1), seed=0))
+    with pytest.raises(UserError, match=r"4 tiles of one batch .* are out of reach") as error:
+        next(batches(far, batch=8, steps=range(1), seed=0))
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"tiles-00000\d\.tar is missing"):
         Mixture({served.url: 1.0}).rows(np.arange(3))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_server_lost_on_the_way_is_not_waited_for_tile_by_tile(served, workers):
+    far = Mixture({served.url: 1.0})
+    far.rows(np.arange(TILES))
+    served.down = "503"
+    with pytest.raises(UserError, match=r"4 tiles of one batch .* are out of reach.*503"):
+        next(batches(far, batch=TILES, steps=range(1), seed=0, workers=workers))
+
+
+def test_a_server_that_ignores_ranges_is_refused_at_once(served):
+    far = Mixture({served.url: 1.0})
+    for shards in far.sets:
+        shards.store.block = 4096  # smaller than a shard, as the default is for shards of the usual size
+    served.down = "no ranges"
+    asked = len(served.ranges)
+    with pytest.raises(UserError, match="the server ignores Range"):
+        next(batches(far, batch=TILES, steps=range(1), seed=0))
+    assert len(served.ranges) - asked < 20  # those under way at once, none again
 
 
 def test_a_server_that_is_down_is_one_line(served):
@@ -326,7 +346,9 @@ def test_slides_left_out_are_never_drawn_and_the_rest_as_before(tmp_path):
         (Sampling(weights="negative"), "negative or not finite"),
         (Sampling(weights="zero"), "no tile has a weight above 0"),
         (Sampling(weights="text"), "not readable as an array"),
-        (Sampling(weights="pickle"), "not readable as an array"),
+        (Sampling(weights="pickle"), "one number for each"),
+        (Sampling(weights="zip"), "not readable as an array"),
+        (Sampling(weights="claims"), r"holds float64 of shape \[1000000000000\]"),
         (Sampling(balance=["cluster"], clusters="float"), "one integer for each"),
     ],
 )
@@ -337,9 +359,34 @@ def test_what_sampling_cannot_use_is_one_line(folder, sampling, said):
     (folder / "weights-text.npy").write_text("hello")
     np.save(folder / "weights-pickle.npy", np.array([{}] * TILES, dtype=object), allow_pickle=True)
     np.save(folder / "clusters-float.npy", np.ones(TILES))
+    np.savez(folder / "zip.npz", np.ones(TILES))
+    (folder / "zip.npz").rename(folder / "weights-zip.npy")
+    with (folder / "weights-claims.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": (10**12,)})
     with pytest.raises(UserError, match=said) as error:
         Mixture({str(folder): 1.0}).order(0, sampling)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("scale", [5e-324, 1e-300, 1e300, 1.7e308])
+def test_only_ratios_of_weights_count(folder, scale):
+    np.save(folder / "weights-w.npy", np.r_[np.zeros(3), np.full(20, scale)])
+    order = Mixture({str(folder): 1.0}).order(0, Sampling(weights="w"))
+    assert order.sources[0].draws == 20
+    assert sorted(order(np.arange(20)).tolist()) == list(range(3, 23))
+
+
+def test_what_tiles_are_drawn_by_is_marked(folder):
+    mixture = Mixture({str(folder): 1.0})
+    assert mixture.marks(Sampling(block=4, cap=3)) == ""
+    np.save(folder / "weights-w.npy", np.ones(TILES))
+    first = mixture.marks(Sampling(weights="w"))
+    assert first == Mixture({str(folder): 1.0}).marks(Sampling(weights="w"))
+    np.save(folder / "weights-w.npy", np.full(TILES, 2.0))
+    assert mixture.marks(Sampling(weights="w")) != first
+    balanced = mixture.marks(Sampling(balance=["site"]))
+    write_slides(folder, mixture.slides().assign(site=["x", "y", "y"]))
+    assert mixture.marks(Sampling(balance=["site"])) != balanced
 
 
 HUNDRED_MILLION = """
@@ -390,6 +437,25 @@ def test_a_huge_image_is_refused_before_decoding():
     Image.new("1", (9000, 9000)).save(buffer, "PNG")
     with pytest.raises(ValueError, match="over the bound"):
         decode(buffer.getvalue())
+
+
+def test_a_bomb_is_refused_by_its_header():
+    header = b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + b"IHDR" + (20_000).to_bytes(4, "big") * 2
+    with pytest.raises(ValueError, match="is 20000×20000 px, over the bound"):
+        decode(header + bytes(100))
+
+
+def test_another_size_is_refused_before_decoding(monkeypatch):
+    large = simplejpeg.encode_jpeg(np.zeros((800, 640, 3), np.uint8), 90)
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", None)  # would raise another error
+    with pytest.raises(ValueError, match="is 640×800 px, not 96×96"):
+        decode(large, 96)
+
+
+def test_bytes_behind_the_end_of_a_jpeg_are_no_harm():
+    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    encoded = simplejpeg.encode_jpeg(image, 95)
+    np.testing.assert_array_equal(decode(encoded + bytes(7)), decode(encoded))
 
 
 @pytest.mark.parametrize("data", [b"", b"GIF89a", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0" + b"\0" * 20])

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from eosin.data_tools import qc
@@ -21,7 +22,7 @@ from eosin.data_tools.results import write_results
 from eosin.data_tools.shards import ShardSet, slide_key, write_slides
 from eosin.eval.encoders import weights_sha256
 from eosin.eval.probe import attention_path
-from eosin.eval.report import findings, limits, pictures, sections, write_report
+from eosin.eval.report import exhibits, findings, limits, pictures, sections, write_report
 from eosin.eval.report.material import gather
 from eosin.eval.report.page import Words
 from eosin.launch.cli import main
@@ -495,3 +496,21 @@ def test_a_set_tiled_beside_is_shown_with_why_it_stays_as_it_is(tiny_run, tiny_s
     page = (tmp_path / "r.html").read_text()
     assert "not trained on: other-stain" in page
     assert "H&amp;E operations are off for 4 slides" in page
+
+
+@pytest.mark.parametrize("broken", ["{garbage", "[1]", '{"convention": "eosin", "vectors": 1}'])
+def test_a_broken_stain_fit_is_said_in_a_line_and_the_report_goes_on(tiny_run, tiny_shards, tmp_path, broken):
+    shards, run = tmp_path / "shards", tmp_path / "run"
+    shutil.copytree(tiny_shards, shards)
+    shutil.copytree(tiny_run, run)
+    table = ShardSet(shards).slides()
+    table.loc[1, "stain_fit"] = broken
+    write_slides(shards, table)
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["stain"] |= {"normalize": "off", "augment": []}
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    found = gather(run, [], shards, None)
+    said = [b for b in exhibits.stain(found).blocks if isinstance(b, Words) and b.style == "warning"]
+    assert [len(b.lines) for b in said] == [1]
+    for part in (f"1, the first of slide '{table['slide'][1]}'", f"'eosin stain fit {shards}'"):
+        assert part in said[0].lines[0]

@@ -1,13 +1,17 @@
+import io
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from eosin.data_tools.errors import UserError
+from eosin.data_tools.mixture import Mixture
 from eosin.data_tools.phantom import LABORATORIES, SCANNERS, Optics, concentrations, render
 from eosin.data_tools.phantom_scene import CLASSES, scene
-from eosin.data_tools.shards import ShardSet, write_slides
+from eosin.data_tools.shards import ShardSet, ShardWriter, write_slides
 from eosin.ssl.stain import density, lab, macenko
 from eosin.ssl.stain.fits import fit_slides, fit_tiles, slide_fits, white_point
 from eosin.ssl.stain.reference import BUILT_IN
@@ -142,3 +146,74 @@ def test_a_missing_fit_is_none(shards):
     table.loc[1, "stain_fit"] = None
     write_slides(shards.folder, table)
     assert [fit is None for fit in slide_fits(ShardSet(shards.folder), "eosin")] == [False, True, False, True]
+
+
+# Stainings of 10° each, which lie around one another so that their median has 6.6°.
+CLOSE = [
+    ((0.523, 0.790, 0.321), (0.514, 0.713, 0.477)),
+    ((0.584, 0.714, 0.387), (0.446, 0.818, 0.364)),
+    ((0.491, 0.744, 0.453), (0.380, 0.849, 0.368)),
+]
+
+
+def packed(folder, slides):
+    """A shard set of slides, each a list of tiles [3, 96, 96]."""
+    folder.mkdir()
+    writer = ShardWriter(folder)
+    for number, tiles in enumerate(slides.values()):
+        for i, tile in enumerate(tiles):
+            png = io.BytesIO()
+            Image.fromarray(tile.permute(1, 2, 0).numpy()).save(png, "png")
+            writer.add(f"s{number}-{i}", png.getvalue(), "png", {"x": i, "y": 0, "mpp": 0.5}, number)
+    table = pd.DataFrame({"slide": list(slides), "stain": "H&E", "tiles": [len(t) for t in slides.values()]})
+    writer.finish(table, tile_size=96, mpp=0.5, config={})
+    return ShardSet(folder)
+
+
+def test_good_tiles_whose_median_is_no_fit_give_none(bench, tmp_path):
+    close = [bench.tile(i, vectors) for i, vectors in enumerate(CLOSE)]
+    assert macenko.fit(torch.stack(close)).good.all()
+    shards = packed(tmp_path / "s", {"close": close, "apart": [bench.tile(9)]})
+    table = fit_slides(shards)
+    assert table["stain_fit"].map(bool).tolist() == [False, True]
+    assert table["stain_reason"][0].startswith("its tiles have no stains in common: hematoxylin must")
+    assert table["stain_tiles"].tolist() == [0, 1]
+    assert [fit is None for fit in slide_fits(ShardSet(shards.folder), "eosin")] == [True, False]
+
+
+@pytest.mark.parametrize("convention", macenko.CONVENTIONS)
+def test_every_fit_that_is_written_can_be_read(bench, tmp_path, convention):
+    rng = np.random.default_rng(7)
+    slides = {name: [tile] for name, tile in bench.degenerate.items()}
+    slides["all of them"] = [*bench.degenerate.values(), bench.tile(1)]
+    for number in range(24):  # stains near and far from H&E, strong and faint, with tiles that differ
+        tiles = []
+        for i in range(3):
+            stains = np.abs(np.array(bench.he) + rng.normal(0, 0.02 * (number % 6), (2, 3)))
+            pair = stains / np.linalg.norm(stains, axis=1, keepdims=True)
+            tiles.append(bench.tile(100 * number + i, pair, strength=rng.uniform(0.2, 3, 2), tissue=rng.random()))
+        slides[f"n{number}"] = tiles
+    slides["close"] = [bench.tile(i, vectors) for i, vectors in enumerate(CLOSE)]
+    table = fit_slides(packed(tmp_path / "s", slides), convention=convention)
+    assert table["stain_fit"].map(bool).sum() >= 8
+    assert [bool(fit) for fit in slide_fits(ShardSet(tmp_path / "s"), convention)] == table["stain_fit"].map(
+        bool
+    ).tolist()
+    assert (table["stain_fit"].map(bool) ^ table["stain_reason"].map(bool)).all()
+
+
+def test_of_several_sets_the_one_that_lacks_a_good_fit_is_named(bench, tmp_path):
+    first, second = (packed(tmp_path / name, {name: [bench.tile(1)]}) for name in "ab")
+    both = Mixture({str(first.folder): 1, str(second.folder): 1})
+    fit_slides(first)
+    with pytest.raises(UserError, match=rf"^{second.name} has no stain fits; run 'eosin stain fit {second.name}'"):
+        slide_fits(both, "eosin")
+    table = fit_slides(second)
+    assert [fit["convention"] for fit in slide_fits(both, "eosin")] == ["eosin", "eosin"]
+    write_slides(second.folder, table.assign(stain_fit="{"))
+    both = Mixture({str(first.folder): 1, str(second.folder): 1})
+    with pytest.raises(UserError, match=rf"'b' of {second.name} has .*; run 'eosin stain fit {second.name}'$"):
+        slide_fits(both, "eosin")
+    fit_slides(second, convention="torchstain")
+    with pytest.raises(UserError, match=rf"of {second.name} follow .*; run 'eosin stain fit {second.name}'$"):
+        slide_fits(Mixture({str(first.folder): 1, str(second.folder): 1}), "eosin")
