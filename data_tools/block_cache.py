@@ -42,7 +42,12 @@ class BlockCache:
 
     def __init__(self, folder: Path | str | None = None, bound: int | None = None) -> None:
         home = folder or os.environ.get("EOSIN_CACHE") or "~/.cache/eosin"
-        self.folder = Path(home).expanduser().absolute() / "blocks"
+        try:
+            self.folder = Path(home).expanduser().absolute() / "blocks"
+        except RuntimeError:
+            raise UserError(
+                f"EOSIN_CACHE is {str(home)!r}, the home of nobody known; give the path of a folder"
+            ) from None
         self.bound = _bound_from_environment() if bound is None else bound
         self.damaged = 0
         with self._mendable():

@@ -179,3 +179,16 @@ def test_dinov2_has_the_published_figures():
     assert (config.optim.weight_decay, config.objective.momentum) == ([0.04, 0.4], [0.992, 1.0])
     assert (config.objective.prototypes, config.objective.bottleneck, config.objective.koleo) == (65536, 256, 0.1)
     assert (config.model.drop_path, config.optim.layer_decay, config.optim.patch_embed_lr) == (0.3, 0.9, 0.2)
+
+
+@pytest.mark.parametrize(
+    "shards", ["http://me:s3cret@host/x?X-Amz-Signature=s3cret", "{'https://me:s3cret@host/x': 2, plain: 1}"]
+)
+def test_a_run_keeps_no_credentials(tmp_path, shards):
+    config = load_config("smoke", [f"data.shards={shards}", f"run.dir={tmp_path}"])
+    write_config(tmp_path / "config.yaml", config)
+    text = (tmp_path / "config.yaml").read_text()
+    assert "host/x" in text
+    assert "s3cret" not in text
+    kept = read_run_config(tmp_path)
+    assert kept.model_copy(update={"data": config.data}) == config
