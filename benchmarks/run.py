@@ -76,6 +76,36 @@ def decode() -> Iterator[Case]:
 
 
 @contextmanager
+def decoder(library: str) -> Iterator[Case]:
+    """JPEG bytes to RGB by simplejpeg, which the stream uses, against another library."""
+    import cv2
+    import numpy as np
+    import torch
+    from torchvision.io import decode_jpeg
+
+    from eosin.data_tools.stream import decode
+
+    cv2.setNumThreads(1)
+    peers: dict[str, tuple[str, Callable[[bytes], object]]] = {
+        "opencv": (
+            "opencv-python-headless",
+            lambda data: cv2.cvtColor(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB),
+        ),
+        "torchvision": ("torchvision", lambda data: decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))),
+    }
+    package, theirs = peers[library]
+    with _tiles() as shards:
+        files = [shards.image(tile) for tile in range(len(shards))]
+    yield Case(
+        "decode 256-px JPEGs",
+        _version(package, "in memory"),
+        len(files),
+        lambda: [decode(data) for data in files],
+        lambda: [theirs(data) for data in files],
+    )
+
+
+@contextmanager
 def litdata(jpeg: bool) -> Iterator[Case]:
     """Shuffled samples, raw or decoded, against litdata's StreamingDataset over its own format, without workers."""
     import litdata
@@ -293,6 +323,8 @@ def knn() -> Iterator[Case]:
 CASES = {
     "read": read,
     "decode": decode,
+    "decode-opencv": partial(decoder, "opencv"),
+    "decode-torchvision": partial(decoder, "torchvision"),
     "read-litdata": partial(litdata, jpeg=False),
     "decode-litdata": partial(litdata, jpeg=True),
     "read-mosaic": partial(mosaic, jpeg=False),
