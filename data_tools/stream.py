@@ -7,6 +7,8 @@ workers, ranks or the past.
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import signal
 import struct
 import zlib
@@ -191,12 +193,21 @@ def _in_one_line(loader: Iterable[Batch]) -> Iterator[Batch]:
 
     Workers start when the first batch is asked for.
     """
+    line = ""
     try:
         yield from loader
     except UserError as error:
-        raise UserError(
-            str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
-        ) from None
+        line = str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
+    if line:  # raised here, where nothing holds the worker's error and with it the workers any more
+        raise UserError(line)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Workers ignore SIGTERM, which is how Python ends those that are left at exit, and waits for them."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _leave_signals_to_the_rank(worker: int) -> None:
