@@ -62,8 +62,10 @@ def eosin(*argv: str) -> str:
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
+    """Whole lines only: a run that goes on may be in the middle of one."""
     path = run / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def assert_equal_runs(run: Path, one: Path) -> None:

@@ -37,8 +37,10 @@ def command(recipe, shards, run, *overrides):
 
 
 def records(run):
+    """Whole lines only: a run that goes on may be in the middle of one."""
     path = run / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def losses(run):
