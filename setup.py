@@ -26,5 +26,10 @@ def packages() -> dict[str, str]:
 setup(
     packages=sorted(packages()),
     package_dir=packages(),
-    package_data={"eosin.configs": ["*.yaml"], "eosin.eval": ["*.html.j2"], "eosin.launch": ["*.md.j2"]},
+    package_data={
+        "eosin.configs": ["*.yaml"],
+        "eosin.data_tools": ["*.html.j2"],
+        "eosin.eval": ["*.html.j2"],
+        "eosin.launch": ["*.md.j2"],
+    },
 )

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,7 @@ def read_csv(path: Path | str, required: list[str]) -> list[dict[str, str]]:
         raise UserError(f"{path} does not exist; expected a CSV file")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
+            reader = csv.DictReader(_without_nul(file))
             header = list(reader.fieldnames or [])
             rows = list(reader)
     except (UnicodeDecodeError, csv.Error) as error:
@@ -140,6 +140,14 @@ def read_csv(path: Path | str, required: list[str]) -> list[dict[str, str]]:
         if None in row or None in row.values():
             raise UserError(f"{path} line {number} does not have the header's {len(header)} fields")
     return rows
+
+
+def _without_nul(lines: Iterable[str]) -> Iterator[str]:
+    """The lines of a text; a NUL, which a path cannot hold, is an error."""
+    for line in lines:
+        if "\0" in line:
+            raise csv.Error("it holds a NUL byte")
+        yield line
 
 
 def sha256(path: Path | str) -> str:

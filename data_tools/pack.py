@@ -1,49 +1,46 @@
-"""An image folder to a shard set. JPEGs of the right size are stored byte for byte, and so are RGB PNGs; everything
-else is scaled and encoded. What cannot be decoded is refused and listed. No file outside the folder is ever read.
+"""Images that exist already to a shard set. JPEGs of the right size are stored byte for byte, and so are 8-bit PNGs;
+everything else is scaled and encoded. What cannot be decoded is refused and listed. No file but those given is read.
 """
 
 from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eosin.data_tools.errors import Refusal, UserError, nearest
-from eosin.data_tools.files import atomic_dir, read_csv, sha256
+from eosin.data_tools.errors import Refusal, UserError
+from eosin.data_tools.files import atomic_dir, read_csv, read_json, sha256
+from eosin.data_tools.gray import Encoded, Window, measure_window, read_plane, to_8_bits
+from eosin.data_tools.pack_sources import DICOM, Image, Source, open_source
 from eosin.data_tools.progress import progress
-from eosin.data_tools.shards import ShardWriter, slide_key
+from eosin.data_tools.shards import MAX_SIDE, ShardWriter, slide_key
 from eosin.data_tools.slide import MPP_RANGE, read_image
-from eosin.data_tools.sources import Summary, already_made, find_files, fingerprint, shorten, unique_names
+from eosin.data_tools.slide_names import facts_of
+from eosin.data_tools.sources import Summary, already_made, fingerprint, shorten
 
 if TYPE_CHECKING:
     import pandas as pd
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
+# An image's bytes as stored, their ending, and its (width, height) as it came.
+Encoding = tuple[bytes, str, tuple[int, int]]
+MODALITIES = ("brightfield", "fluorescence", "xray")
 QUALITY = 95
 SUBSAMPLING = "444"
-# The tile itself owns these names.
-RESERVED = ("key", "x", "y", "mpp")
 # More bad images than this share mean that something else is wrong than a few files.
 MAX_REFUSED = 0.5
-
-
-@dataclass
-class Image:
-    """One image to be packed: its path relative to the folder, its key, its slide, and the manifest's columns."""
-
-    path: Path
-    key: str
-    slide: str
-    facts: dict[str, str] = field(default_factory=dict)
+SAMPLED_IMAGES = 256  # over which a window is measured, spread evenly
+ENOUGH_SIZES = 1000  # images after which different sizes are reported without looking at the rest
+MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 def pack_images(
-    folder: Path | str,
+    given: Path | str | Sequence[Path | str],
     out: Path | str,
     *,
     manifest: Path | str | None = None,
@@ -51,80 +48,77 @@ def pack_images(
     group: str | None = None,
     tile_size: int | None = None,
     mpp: float | None = None,
-    stain: str = "H&E",
+    stain: str | None = None,
+    modality: str = "brightfield",
+    channel: int | None = None,
+    window: tuple[float, float] | None = None,
 ) -> Summary:
     """Pack images into a new shard set; the same input gives the same bytes.
 
-    Without a manifest every image of the folder is packed, and the first folder on its way is its label. Each image is
-    a slide of its own where neither ``group`` nor a column ``slide`` says otherwise.
+    Columns come from a manifest, or from the source itself: ``slide`` (else each image is a slide of its own),
+    ``patient``, ``site``, ``stain``, ``label``; ``x``, ``y`` and ``mpp`` of containers are those of the tile. In
+    folders and zips without a manifest the first folder on an image's way is its label. Memory grows with the number of
+    slides, not of images.
 
     Args:
-        folder: searched to any depth; with a manifest, the root of its paths.
+        given: a folder of images, or files or folders of zips, HDF5, Parquet or WebDataset tars; several of one kind.
         out: a new folder; a finished one of the same input and settings is left as it is.
-        manifest: CSV with the column ``path``; every further column is kept, as text.
+        manifest: CSV with the column ``path``, relative to the one folder or zip; further columns are kept, as text.
         label: the column that is the label, kept as ``label`` beside its own name.
         group: the column whose value is the slide's name.
         tile_size: scale the shorter side to it, then cut the middle; by default all images must have one size.
         mpp: µm/px of the tiles as stored, None where unknown.
-        stain: of all images that have no column ``stain``; "none" for what is not stained.
+        stain: of all images that have no column ``stain``; by default "H&E", and "none" in other modalities.
+        modality: "brightfield" is 8-bit RGB. "fluorescence" and "xray" are one channel of any depth, stored as 8-bit
+            gray: images of 8 bits as they are, others through one window of values for the whole set.
+        channel: which, from 0, where an image has several that differ.
+        window: values that become 0 and 255; by default the percentiles 0.1 and 99.9 over a sample of the set.
 
     Raises:
-        UserError: bad arguments, a path that leaves the folder, different sizes without ``tile_size``, or mostly bad
-            images; then nothing is left behind.
+        UserError: bad arguments, a source that is broken as a whole, a path that leaves its folder, different sizes
+            without ``tile_size``, or mostly bad images; then nothing is left behind.
     """
-    folder, out = Path(folder), Path(out)
-    _check(folder, tile_size, mpp)
-    images = _listed(folder, Path(manifest), label, group) if manifest else _found(folder, label, group)
-    config = {
+    out = Path(out)
+    gray = modality != "brightfield"
+    _check(tile_size, mpp, modality, channel, window)
+    paths = [Path(path) for path in ([given] if isinstance(given, (str, Path)) else given)]
+    source = open_source(paths, Path(manifest) if manifest else None, label, group)
+    config: dict[str, Any] = {
         "verb": "pack",
         "label": label,
         "group": group,
         "tile_size": tile_size,
         "mpp": mpp,
-        "stain": stain,
+        "stain": stain or ("none" if gray else "H&E"),
         "quality": QUALITY,
         "subsampling": SUBSAMPLING,
         "manifest": sha256(manifest) if manifest else None,
-        "input": fingerprint(folder / image.path for image in images),
+        "input": fingerprint(source.files),
     }
+    if gray:
+        asked = list(window) if window else "measured"
+        config |= {"modality": modality, "channel": channel, "window": asked, "measured_window": _measured_before(out)}
     if already_made(out, config):
-        return Summary([f"{out} holds these tiles already, of the same images and settings; nothing to do"])
-    slides = {name: number for number, name in enumerate(dict.fromkeys(image.slide for image in images))}
-    tiles: Counter[str] = Counter()
-    refused: list[tuple[str, str]] = []
-    sizes: Counter[tuple[int, int]] = Counter()
+        done = f"{out} holds these tiles already, of the same images and settings; nothing to do"
+        return Summary([done], _refused_before(out))
+    scale = Window(*window) if window else _measure(source, channel) if gray else None
+    if gray:
+        config["measured_window"] = [scale.low, scale.high] if scale and scale.measured else None
+    encode: Callable[[Image], Encoding] = partial(_encode, tile_size=tile_size)
+    if gray:
+        encode = partial(_encode_gray, tile_size=tile_size, channel=channel, window=scale)
     with atomic_dir(out) as temporary:
-        writer = ShardWriter(temporary)
-        for image in progress(images, total=len(images), desc="pack", unit="images"):
-            try:
-                data, extension, size = _encode(folder / image.path, tile_size)
-            except Refusal as refusal:
-                refused.append((image.path.as_posix(), str(refusal)))
-                continue
-            sizes[size] += 1
-            if tile_size is None and (len(sizes) > 1 or size[0] != size[1]):
-                continue  # nothing will be written; all sizes are to be named
-            meta = image.facts | {"slide": image.slide, "x": 0, "y": 0, "mpp": mpp}
-            writer.add(image.key, data, extension, meta, slides[image.slide])
-            tiles[image.slide] += 1
-        _refuse_bad(folder, len(images), refused)
-        if tile_size is None and (len(sizes) > 1 or any(width != height for width, height in sizes)):
-            found = shorten([f"{width} x {height} ({n})" for (width, height), n in sizes.most_common()])
-            raise UserError(f"{folder} holds images of different sizes or not square: {found}; give --tile-size")
-        side = tile_size or next(iter(sizes))[0]
-        table = _table(images, tiles, Counter(dict(_bad_of_slide(images, refused))), mpp, stain)
-        if refused:
-            with (temporary / "refused.csv").open("w", newline="", encoding="utf-8") as file:
-                csv.writer(file, lineterminator="\n").writerows([("path", "reason"), *refused])
-        dataset = writer.finish(table, tile_size=side, mpp=mpp, config=config)
-    lines = [f"{out}: {dataset['tiles']} tiles of {side} px of {len(slides)} slides"]
+        dataset, refused = _write(temporary, source, encode, config)
+    lines = [f"{out}: {dataset['tiles']} tiles of {dataset['tile_size']} px of {dataset['slides']} slides"]
+    if scale:
+        lines.append(f"values from {scale.low:g} to {scale.high:g} are stored as 0 to 255")
     if refused:
         lines.append(f"the refused are listed in {out / 'refused.csv'}")
-    return Summary(lines, refused)
+    return Summary(lines, refused, source.notices)
 
 
 def scale_to_tile(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Scale the shorter side to ``size`` with antialiasing and cut the middle: uint8 [size, size, 3]."""
+    """Scale the shorter side to ``size`` with antialiasing and cut the middle: [H, W, 3] or [H, W] of uint8."""
     import cv2
 
     height, width = pixels.shape[:2]
@@ -137,133 +131,252 @@ def scale_to_tile(pixels: np.ndarray, size: int) -> np.ndarray:
     return np.ascontiguousarray(pixels[top : top + size, left : left + size])
 
 
-def _check(folder: Path, tile_size: int | None, mpp: float | None) -> None:
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; give a folder of images")
+def _check(
+    tile_size: int | None, mpp: float | None, modality: str, channel: int | None, window: tuple[float, float] | None
+) -> None:
     if tile_size is not None and not 16 <= tile_size <= 4096:
         raise UserError(f"--tile-size {tile_size} is out of range; valid: 16 to 4096 px")
     if mpp is not None and not MPP_RANGE[0] <= mpp <= MPP_RANGE[1]:
         raise UserError(f"--mpp {mpp} is out of range; valid: {MPP_RANGE[0]:g} to {MPP_RANGE[1]:g} µm/px")
+    if modality not in MODALITIES:
+        raise UserError(f"--modality {modality} is unknown; valid: {', '.join(MODALITIES)}")
+    for option, value in (("--channel", channel), ("--window", window)):
+        if value is not None and modality == "brightfield":
+            raise UserError(f"{option} goes with --modality fluorescence or xray; brightfield is 8-bit RGB")
+    if channel is not None and channel < 0:
+        raise UserError(f"--channel {channel} is out of range; channels count from 0")
+    if window is not None and not (np.isfinite(window).all() and window[0] < window[1]):
+        raise UserError(f"--window {window[0]:g} {window[1]:g} is not a range; give LOW and a greater HIGH")
 
 
-def _found(folder: Path, label: str | None, group: str | None) -> list[Image]:
-    """Every image of a folder; the first folder on the way is the label."""
-    for option, column in (("--label", label), ("--group", group)):
-        if column not in (None, "label"):
-            raise UserError(f"{option} {column} names a column of a manifest; give --manifest")
-    paths = [path.relative_to(folder) for path in find_files(folder, SUFFIXES)]
-    if not paths:
-        raise UserError(f"{folder} holds no image; known endings: {' '.join(SUFFIXES)}")
-    facts = [{"label": path.parts[0]} if len(path.parts) > 1 else {} for path in paths]
-    return _named(paths, facts, [fact.get("label") if group else None for fact in facts])
+def _measured_before(out: Path) -> list[float] | None:
+    """The window that a finished set was packed with, so that the same command need not measure it again."""
+    if not (out / "dataset.json").is_file():
+        return None
+    config = read_json(out / "dataset.json", "the description of a shard set").get("config")
+    return config.get("measured_window") if isinstance(config, dict) else None
 
 
-def _listed(folder: Path, manifest: Path, label: str | None, group: str | None) -> list[Image]:
-    """The images of a manifest."""
-    rows = read_csv(manifest, ["path"])
-    if not rows:
-        raise UserError(f"{manifest} lists no image")
-    columns = list(rows[0])
-    for option, column in (("--label", label), ("--group", group)):
-        if column is not None and column not in columns:
-            raise UserError(f"{manifest} has no column '{column}' ({option}); {nearest(column, columns)}")
-    taken = [column for column in columns if column in RESERVED]
-    if taken:
-        raise UserError(f"{manifest} has a column '{taken[0]}', which the tile itself owns; rename it")
-    paths = [_inside(row["path"], f"{manifest} line {line}") for line, row in enumerate(rows, start=2)]
-    twice = [path for path, n in Counter(paths).items() if n > 1]
-    if twice:
-        raise UserError(f"{manifest} lists {twice[0].as_posix()} twice")
-    by = group or ("slide" if "slide" in columns else None)
-    facts = [{c: v for c, v in row.items() if c not in ("path", "slide")} for row in rows]
-    if label is not None:
-        facts = [fact | {"label": row[label]} for fact, row in zip(facts, rows)]
-    return _named(paths, facts, [row[by] if by else None for row in rows])
+def _refused_before(out: Path) -> list[tuple[str, str]]:
+    listed = out / "refused.csv"
+    rows = read_csv(listed, ["path", "reason"]) if listed.is_file() else []
+    return [(row["path"], row["reason"]) for row in rows]
 
 
-def _named(paths: list[Path], facts: list[dict[str, str]], slides: list[str | None]) -> list[Image]:
-    names = unique_names([(path,) for path in paths])
-    return [
-        Image(path, slide_key(name), slide or name, fact)
-        for path, name, slide, fact in zip(paths, names, slides, facts)
-    ]
+def _measure(source: Source, channel: int | None) -> Window | None:
+    """The window of a set, over images that are spread evenly."""
+    step = -(-source.count // SAMPLED_IMAGES)
+    sample = islice(source.images(), 0, None, step)
+
+    def planes() -> Iterator[np.ndarray]:
+        for image in progress(sample, total=-(-source.count // step), desc="window", unit="images"):
+            try:
+                yield read_plane(_read(image), channel)
+            except Refusal:
+                continue  # it will be listed when its turn comes
+
+    return measure_window(planes(), source.what)
 
 
-def _inside(text: str, where: str) -> Path:
-    """A relative path that stays inside its folder."""
-    path = PurePosixPath(text.replace("\\", "/"))
-    if not path.parts or path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
-        raise UserError(f"{where}: path '{text}' must be relative and stay inside the folder")
-    return Path(path)
+def _write(
+    folder: Path, source: Source, encode: Callable[[Image], Encoding], config: dict[str, Any]
+) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Write the shard set; return what ``dataset.json`` says, and (name, reason) of each image that was refused."""
+    tile_size, mpp = config["tile_size"], config["mpp"]
+    writer, slides = ShardWriter(folder), _Slides()
+    refused: list[tuple[str, str]] = []
+    sizes: Counter[tuple[int, int]] = Counter()
+    scales: set[float | None] = set()
+    for image in progress(source.images(), total=source.count, desc="pack", unit="images"):
+        name, facts, place = _place(image, config["label"], config["group"])
+        slide = slides.note(name, facts)
+        try:
+            data, extension, size = encode(image)
+        except Refusal as refusal:
+            refused.append((image.listed, str(refusal)))
+            slides.refused[slide] += 1
+            continue
+        sizes[size] += 1
+        if tile_size is None and (len(sizes) > 1 or size[0] != size[1]):
+            if sizes.total() >= ENOUGH_SIZES:
+                break
+            continue  # nothing will be written; sizes are to be named
+        if place["mpp"]:
+            place["mpp"] *= min(size) / (tile_size or min(size))
+        if mpp is not None:
+            place["mpp"] = mpp
+        scales.add(place["mpp"])
+        writer.add(slide_key(image.name), data, extension, facts | {"slide": name} | place, slide)
+        slides.add(slide, place["mpp"])
+    if not sizes or len(refused) > max(MAX_REFUSED * source.count, 10):
+        listed = shorten([f"{path}: {reason}" for path, reason in refused], limit=3)
+        bad = f"{len(refused)} of {source.count} images of {source.what}"
+        raise UserError(f"{bad} cannot be used, so nothing was written; {listed}")
+    side = tile_size or _one_size(source.what, sizes)
+    if refused:
+        with (folder / "refused.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows([("path", "reason"), *refused])
+    common = scales.pop() if len(scales) == 1 else None
+    return writer.finish(slides.table(config["stain"]), tile_size=side, mpp=common, config=config), refused
 
 
-def _encode(path: Path, tile_size: int | None) -> tuple[bytes, str, tuple[int, int]]:
-    """An image's bytes as stored, their ending, and its (width, height) as it came."""
-    import simplejpeg
+def _place(image: Image, label: str | None, group: str | None) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """An image's slide, its facts, and its x, y and mpp; a fact whose name the tile owns goes on as ``given_...``."""
+    facts = dict(image.facts)
+    if label is not None and label in facts:
+        facts["label"] = facts[label]
+    slide = facts.get(group or "slide")
+    place: dict[str, Any] = {"x": 0, "y": 0, "mpp": None}
+    at = [facts.get(axis) for axis in "xy"]
+    if all(type(value) is int and abs(value) < 1 << 31 for value in at):
+        place |= {axis: facts.pop(axis) for axis in "xy"}
+    if type(facts.get("mpp")) in (int, float) and MPP_RANGE[0] <= facts["mpp"] <= MPP_RANGE[1]:
+        place["mpp"] = facts.pop("mpp")
+    if group in (None, "slide"):
+        facts.pop("slide", None)
+    facts = {f"given_{name}" if name in ("key", "slide", *place) else name: value for name, value in facts.items()}
+    return image.name if slide in (None, "") else str(slide), facts, place
 
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise Refusal("no such file") from None
-    except OSError as error:
-        raise Refusal(f"cannot be read: {error.strerror}") from None
+
+def _read(image: Image) -> bytes | np.ndarray:
+    """An image's pixels, or bytes that begin as those of an image."""
+    data = image.read()
+    if isinstance(data, np.ndarray):
+        return data
     if not data:
         raise Refusal("an empty file (0 bytes)")
-    pixels = read_image(path)
+    if data[128:132] == b"DICM":
+        raise Refusal(DICOM)
+    if not data.startswith(MAGIC):
+        raise Refusal("not readable as an image: neither BMP, JPEG, PNG nor TIFF")
+    return data
+
+
+def _encode(image: Image, tile_size: int | None) -> Encoding:
+    """An image as 8-bit RGB, or as it is."""
+    import simplejpeg
+
+    data = _read(image)
+    pixels = _rgb(data) if isinstance(data, np.ndarray) else read_image(Encoded(data))  # type: ignore[arg-type]
     height, width = pixels.shape[:2]
     as_it_is = tile_size is None or height == width == tile_size
-    extension = _storable(path) if as_it_is else None
-    if extension is None:
-        tile = pixels if as_it_is else scale_to_tile(pixels, tile_size or 0)
-        data = simplejpeg.encode_jpeg(np.ascontiguousarray(tile), QUALITY, "RGB", SUBSAMPLING)
-        extension = "jpg"
-    return data, extension, (width, height)
+    extension = _storable(data, ("RGB",)) if as_it_is and isinstance(data, bytes) else None
+    if extension and isinstance(data, bytes):
+        return data, extension, (width, height)
+    tile = pixels if as_it_is else scale_to_tile(pixels, tile_size or 0)
+    data = simplejpeg.encode_jpeg(np.ascontiguousarray(tile), QUALITY, "RGB", SUBSAMPLING)
+    return data, "jpg", (width, height)
 
 
-def _storable(path: Path) -> str | None:
-    """The ending under which a file can be stored as it is: an upright JPEG or RGB PNG; None for all else."""
+def _encode_gray(image: Image, tile_size: int | None, channel: int | None, window: Window | None) -> Encoding:
+    """One channel of an image as 8-bit gray, or as it is."""
+    import simplejpeg
+
+    data = _read(image)
+    plane = read_plane(data, channel)
+    tile = to_8_bits(plane, window)
+    height, width = plane.shape
+    as_it_is = tile_size is None or height == width == tile_size
+    extension = _storable(data, ("L",)) if as_it_is and window is None and isinstance(data, bytes) else None
+    if extension and isinstance(data, bytes):
+        return data, extension, (width, height)
+    tile = tile if as_it_is else scale_to_tile(tile, tile_size or 0)
+    return (
+        simplejpeg.encode_jpeg(np.ascontiguousarray(tile)[..., None], QUALITY, "GRAY", "Gray"),
+        "jpg",
+        (width, height),
+    )
+
+
+def _storable(data: bytes, png: tuple[str, ...]) -> str | None:
+    """The ending under which a file can be stored as it is: an upright JPEG, or a PNG of such a mode; else None."""
     from PIL import Image as Pillow
 
-    with Pillow.open(path) as image:
-        if image.format == "JPEG" and image.mode in ("RGB", "L") and image.getexif().get(0x0112, 1) == 1:
+    with Pillow.open(Encoded(data)) as image:
+        if image.format == "JPEG" and image.mode in ("L", *png) and image.getexif().get(0x0112, 1) == 1:
             return "jpg"
-        return "png" if image.format == "PNG" and image.mode == "RGB" and "transparency" not in image.info else None
+        return "png" if image.format == "PNG" and image.mode in png and "transparency" not in image.info else None
 
 
-def _refuse_bad(folder: Path, n: int, refused: list[tuple[str, str]]) -> None:
-    if len(refused) == n or len(refused) > max(MAX_REFUSED * n, 10):
-        listed = shorten([f"{path}: {reason}" for path, reason in refused], limit=3)
-        raise UserError(f"{len(refused)} of {n} images of {folder} cannot be used, so nothing was written; {listed}")
+def _rgb(pixels: np.ndarray) -> np.ndarray:
+    """Pixels of an array as 8-bit RGB, [H, W, 3]."""
+    if pixels.dtype != np.uint8:
+        raise Refusal(f"its values are {pixels.dtype}; 8 bits a channel are read, and gray of any with --modality")
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    if pixels.shape[2] not in (1, 3):
+        raise Refusal(f"it has {pixels.shape[2]} channels; RGB and gray are read, and one of many with --modality")
+    return np.broadcast_to(pixels, (*pixels.shape[:2], 3))
 
 
-def _bad_of_slide(images: list[Image], refused: list[tuple[str, str]]) -> Iterator[tuple[str, int]]:
-    bad = {path for path, _ in refused}
-    yield from Counter(image.slide for image in images if image.path.as_posix() in bad).items()
+def _one_size(what: str, sizes: Counter[tuple[int, int]]) -> int:
+    """The side that all images have."""
+    if len(sizes) > 1 or any(width != height for width, height in sizes):
+        found = shorten([f"{width} x {height} ({n})" for (width, height), n in sizes.most_common()])
+        raise UserError(f"{what} holds images of different sizes or not square: {found}; give --tile-size")
+    ((side, _),) = sizes
+    if side > MAX_SIDE:
+        raise UserError(f"{what} holds images of {side} px, above {MAX_SIDE}; give --tile-size")
+    return side
 
 
-def _table(images: list[Image], tiles: Counter[str], bad: Counter[str], mpp: float | None, stain: str) -> pd.DataFrame:
-    """One row a slide; a manifest's column stands here too where it is the same for all images of each slide."""
-    import pandas as pd
+class _Slides:
+    """Collects the slides table, one row a slide in order of appearance."""
 
-    facts = pd.DataFrame([image.facts for image in images], index=[image.slide for image in images])
-    grouped = facts.groupby(level=0, sort=False)
-    constant = [column for column in facts.columns if (grouped[column].nunique(dropna=False) == 1).all()]
-    shared = grouped.first()[constant]
-    rows = []
-    for slide in shared.index:
-        known = shared.loc[slide].to_dict()
-        ours = {
-            "slide": slide,
-            "source": slide,
-            "patient": known.pop("patient", "") or slide,
-            "site": known.pop("site", ""),
-            "stain": known.pop("stain", "") or stain,
-            "mpp": np.nan if mpp is None else mpp,
-            "mpp_source": "" if mpp is None else "override",
-            "tiles": tiles[slide],
-            "dropped_refused": bad[slide],
-            "state": "done" if tiles[slide] else "refused",
-            "reason": "" if tiles[slide] else "none of its images can be used",
-        }
-        rows.append(ours | {f"given_{name}" if name in ours else name: value for name, value in known.items()})
-    return pd.DataFrame(rows)
+    def __init__(self) -> None:
+        self.names: dict[str, int] = {}
+        self.refused: Counter[int] = Counter()
+        self._tiles: Counter[int] = Counter()
+        self._mpp: dict[int, float] = {}
+        self._facts: list[dict[str, Any]] = []
+        self._columns: dict[str, bool] = {}  # whether a column is the same for all images of each slide
+
+    def note(self, name: str, facts: dict[str, Any]) -> int:
+        """The slide's number. What is not the same for all its images is no fact of a slide."""
+        number = self.names.setdefault(name, len(self.names))
+        if number == len(self._facts):
+            self._facts.append(facts)
+        first = self._facts[number]
+        for column in facts if first is facts else {**first, **facts}:
+            same = column in first and column in facts and first[column] == facts[column]
+            self._columns[column] = self._columns.get(column, True) and same
+        return number
+
+    def add(self, number: int, mpp: float | None) -> None:
+        """Count a tile."""
+        self._tiles[number] += 1
+        mpp = np.nan if mpp is None else mpp
+        self._mpp[number] = mpp if self._mpp.get(number, mpp) == mpp else np.nan
+
+    def table(self, stain: str) -> pd.DataFrame:
+        """One row a slide."""
+        import pandas as pd
+
+        kept = [column for column, same in self._columns.items() if same]
+        rows = []
+        for name, number in self.names.items():
+            facts = self._facts[number]
+            known = facts_of(name) | {c: facts[c] for c in kept if isinstance(facts.get(c), (str, int, float))}
+            mpp = self._mpp.get(number, np.nan)
+            done = self._tiles[number] > 0
+            ours = {
+                "slide": name,
+                "source": name,
+                "patient": str(known.pop("patient", "") or name),
+                "site": str(known.pop("site", "") or ""),
+                "stain": str(known.pop("stain", "") or stain),
+                "mpp": mpp,
+                "mpp_source": "" if np.isnan(mpp) else "override",
+                "tiles": self._tiles[number],
+                "dropped_refused": self.refused[number],
+                "state": "done" if done else "refused",
+                "reason": "" if done else "none of its images can be used",
+            }
+            rows.append(ours | {f"given_{column}" if column in ours else column: v for column, v in known.items()})
+        table = pd.DataFrame(rows)
+        for column in table:
+            values = table[column].dropna()
+            kinds = {"number" if type(value) in (int, float) else type(value).__name__ for value in values}
+            if table[column].dtype == object and (len(kinds) > 1 or "number" in kinds):
+                table[column] = values.map(str)  # a column of Parquet is of one type
+        return table

@@ -71,13 +71,15 @@ def tile_key(slide: str, x: int, y: int, mpp: float) -> str:
 
 
 class TarWriter:
-    """Write tiles into one tar and collect its index. The bytes depend only on what is added."""
+    """Write tiles into one tar and collect its index. The bytes depend only on what is added.
+
+    Headers are tarfile's; what its writer does beside them took longer than encoding a tile.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows: list[tuple[Any, ...]] = []
         self._file = path.open("wb")
-        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
 
     @property
     def nbytes(self) -> int:
@@ -93,17 +95,29 @@ class TarWriter:
         crc = zlib.crc32(image)
         self.rows.append((offset, len(image), meta_offset, len(text), crc, slide, meta["x"], meta["y"], mpp))
 
+    def copy(self, source: int, row: np.void, slide: int) -> None:
+        """Append the tile with index row ``row`` of a tar, open as ``source``, as it lies there."""
+        begin, end = int(row["offset"]) - tarfile.BLOCKSIZE, int(row["meta_offset"]) + _padded(int(row["meta_size"]))
+        moved = row.copy()
+        moved["slide"] = slide
+        for name in ("offset", "meta_offset"):
+            moved[name] += self._file.tell() - begin
+        self._file.write(_read_at(source, begin, end - begin))
+        self.rows.append(tuple(moved.tolist()))
+
     def _member(self, name: str, data: bytes) -> int:
         info = tarfile.TarInfo(name)
         info.size, info.mode, info.mtime = len(data), 0o444, 0
         info.uname = info.gname = "bigdata"  # as webdataset.TarWriter does
-        self._tar.addfile(info, io.BytesIO(data))
-        # addfile pads to whole blocks, so the data began that far before the end.
-        return self._file.tell() - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        self._file.write(info.tobuf(tarfile.USTAR_FORMAT))
+        offset = self._file.tell()
+        self._file.write(data.ljust(_padded(len(data)), b"\0"))
+        return offset
 
     def close(self) -> np.ndarray:
         """Finish the tar; return its index, an array of dtype :data:`INDEX`."""
-        self._tar.close()
+        end = self._file.tell() + 2 * tarfile.BLOCKSIZE
+        self._file.write(bytes(2 * tarfile.BLOCKSIZE + -end % tarfile.RECORDSIZE))
         self._file.close()
         return np.array(self.rows, dtype=INDEX)
 
@@ -111,7 +125,7 @@ class TarWriter:
 class ShardWriter:
     """Write a shard set into ``folder`` (a temporary one: see :func:`~eosin.data_tools.files.atomic_dir`).
 
-    Use :meth:`add` for single tiles or :meth:`append` for a whole tar written by another process, then :meth:`finish`.
+    Use :meth:`add` for each tile, then :meth:`finish`.
     """
 
     def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
@@ -123,34 +137,12 @@ class ShardWriter:
         """Append one tile of slide number ``slide``."""
         self._open().add(key, image, extension, meta, slide)
 
-    def append(self, part: Path, index: np.ndarray, slide: int) -> None:
-        """Append every tile of the tar ``part``, all of slide number ``slide``, without decoding."""
-        with part.open("rb") as file:
-            for row in index:
-                image = _read_at(file.fileno(), row["offset"], row["size"])
-                header = _read_at(file.fileno(), row["offset"] - tarfile.BLOCKSIZE, 100)
-                key, extension = header.rstrip(b"\0").decode().split(".", 1)
-                meta = json.loads(_read_at(file.fileno(), row["meta_offset"], row["meta_size"]))
-                self.add(key, image, extension, meta, slide)
-
     def finish(
         self, slides: pd.DataFrame, *, tile_size: int, mpp: float | None, config: dict[str, Any]
     ) -> dict[str, Any]:
         """Write the last shard, the slides table and ``dataset.json``; return the latter's content."""
         self._close()
-        write_slides(self.folder, slides)
-        dataset = {
-            "schema": SCHEMA,
-            "kind": "eosin shard set",
-            "tile_size": tile_size,
-            "mpp": mpp,
-            "tiles": sum(s["tiles"] for s in self.shards),
-            "slides": len(slides),
-            "shards": self.shards,
-            "config": config,
-        }
-        write_json(self.folder / "dataset.json", dataset)
-        return dataset
+        return write_dataset(self.folder, self.shards, slides, tile_size=tile_size, mpp=mpp, config=config)
 
     def _open(self) -> TarWriter:
         if self._writer is not None and self._writer.nbytes >= self.shard_bytes:
@@ -378,6 +370,36 @@ def _number(described: dict[str, Any], key: str, least: int, most: int = 1 << 62
     return value
 
 
+def write_dataset(
+    folder: Path,
+    shards: list[dict[str, Any]],
+    slides: pd.DataFrame,
+    *,
+    tile_size: int,
+    mpp: float | None,
+    config: dict[str, Any],
+) -> dict[str, Any]:
+    """Write the slides table and, last, ``dataset.json``; return the latter's content.
+
+    Args:
+        shards: file, tiles, bytes and sha256 of each.
+        mpp: µm/px of all tiles, None where it is unknown or there are several.
+    """
+    write_slides(folder, slides)
+    dataset = {
+        "schema": SCHEMA,
+        "kind": "eosin shard set",
+        "tile_size": tile_size,
+        "mpp": mpp,
+        "tiles": sum(s["tiles"] for s in shards),
+        "slides": len(slides),
+        "shards": shards,
+        "config": config,
+    }
+    write_json(folder / "dataset.json", dataset)
+    return dataset
+
+
 def write_slides(folder: Path, slides: pd.DataFrame) -> None:
     """Write the slides table of the shard set in ``folder``, atomically."""
     with atomic_path(folder / "slides.parquet") as temporary:
@@ -420,6 +442,11 @@ def samples(tar: Path) -> Iterable[tuple[str, dict[str, bytes]]]:
         parts[extension] = data
     if key is not None:
         yield key, parts
+
+
+def _padded(size: int) -> int:
+    """Bytes that so many take in a tar."""
+    return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
 def _read_at(descriptor: int, offset: int, size: int) -> bytes:

@@ -238,7 +238,7 @@ def _tiles_of_file(path: Path) -> list[np.ndarray]:
 
 
 def _tissue_tiles(slide: Any) -> list[np.ndarray]:
-    from eosin.data_tools.tile import box_means, grid
+    from eosin.data_tools.grids import box_means, grid
     from eosin.data_tools.tissue import find_tissue
 
     mpp = max(SLIDE_MPP, slide.mpp)

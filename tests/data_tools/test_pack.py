@@ -113,6 +113,14 @@ def test_other_sizes_need_a_tile_size(folder, tmp_path):
     assert shards.image(0) == sorted(folder.rglob("*.jpg"))[0].read_bytes()
 
 
+def test_different_sizes_are_said_before_all_is_read(folder, tmp_path, monkeypatch):
+    save(folder / "benign" / "a.jpg", (100, 64))
+    (folder / "tumor" / "z.jpg").write_bytes(b"x")
+    monkeypatch.setattr("eosin.data_tools.pack.ENOUGH_SIZES", 3)
+    with pytest.raises(UserError, match=r"64 x 64 \(2\), 100 x 64 \(1\); give --tile-size"):
+        pack_images(folder, tmp_path / "out")
+
+
 def test_single_oblong_size_needs_a_tile_size_too(tmp_path):
     save(tmp_path / "images" / "a.png", (80, 64))
     with pytest.raises(UserError, match="80 x 64"):
@@ -160,6 +168,10 @@ def test_bad_images_are_listed(folder, tmp_path, capsys):
     assert len(ShardSet(tmp_path / "out")) == 6
     assert (slides["state"] == "refused").sum() == 3
     assert slides.loc["tumor/zero", "dropped_refused"] == 1
+    assert main(["pack", str(folder), "--out", str(tmp_path / "out")]) == DONE_WITH_REFUSALS
+    again = capsys.readouterr().out
+    assert "nothing to do" in again
+    assert again[again.index("refused: 3") :] == said[said.index("refused: 3") :]
 
 
 def test_mostly_bad_is_an_error(tmp_path):

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eosin.data_tools.errors import UserError
-from eosin.data_tools.shards import ShardSet, ShardWriter, TarWriter, members, samples, slide_key, tile_key
+from eosin.data_tools.shards import ShardSet, ShardWriter, members, samples, slide_key, tile_key
 
 SLIDES = pd.DataFrame({"slide": ["a", "b.c"], "patient": ["p", "q"], "label": ["x", "y"], "tiles": [3, 2]})
 TILES = [("a", 0, 0), ("a", 7, 0), ("a", 0, 9), ("b.c", 1, 1), ("b.c", 2**31 - 1, 5)]
@@ -92,23 +92,6 @@ def test_same_input_same_bytes(tmp_path):
     assert write(tmp_path / "a") == write(tmp_path / "b")
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
-
-
-def test_appended_parts_give_the_same_bytes(tmp_path):
-    write(tmp_path / "added", shard_bytes=3000)
-    folder = tmp_path / "appended"
-    folder.mkdir()
-    writer = ShardWriter(folder, shard_bytes=3000)
-    for number, slide in enumerate(["a", "b.c"]):
-        part = TarWriter(tmp_path / f"{number}.tar")
-        for i, (name, x, y) in enumerate(TILES):
-            if name == slide:
-                meta = {"slide": slide, "x": x, "y": y, "mpp": None if i == 4 else 0.5, "é": "ü"}
-                part.add(tile_key(slide, x, y, 0.5), image_of(i), "jpg", meta)
-        writer.append(part.path, part.close(), slide=number)
-    writer.finish(SLIDES, tile_size=32, mpp=0.5, config={"verb": "test"})
-    for file in (tmp_path / "added").iterdir():
-        assert file.read_bytes() == (folder / file.name).read_bytes()
 
 
 names = st.text(st.sampled_from(string.ascii_letters + string.digits + "._-/= éß\\"), max_size=90)

@@ -17,8 +17,8 @@ from PIL import Image
 
 from eosin.data_tools import slide as slide_module
 from eosin.data_tools.errors import Refusal
+from eosin.data_tools.grids import grid
 from eosin.data_tools.slide import Slide, read_image
-from eosin.data_tools.tile import grid
 
 
 def box_average(image: np.ndarray, x: float, y: float, size: int, scale: float) -> np.ndarray:
@@ -211,6 +211,54 @@ def test_transparent_areas_take_the_background_color(section, pyramid, tmp_path,
     assert seen[9, 9].tolist() == [200, 200, 200]
 
 
+def test_a_handle_that_failed_is_reopened(section, pyramid, tmp_path, monkeypatch):
+    image = section(600, 600)
+    places = np.array([(0, 0), (300, 0), (0, 300), (300, 300)])
+    with Slide(pyramid(tmp_path / "a.tif", image, 0.5)) as slide:
+        region, calls = slide._pixels._region, []
+
+        def fails_twice(*args):
+            calls.append(args)
+            if len(calls) in (2, 3):
+                raise OSError("a read error\nin two lines")
+            return region(*args)
+
+        monkeypatch.setattr(slide._pixels, "_region", fails_twice)
+        handles = [slide._pixels._slide]
+        tiles = []
+        for tile in slide.tiles(places, 256, 0.5):
+            tiles.append(tile)
+            handles.append(slide._pixels._slide)
+    assert [handle is handles[0] for handle in handles] == [True, True, False, False, False]
+    assert isinstance(tiles[1], Refusal)
+    assert str(tiles[1]) == "cannot be decoded at 300, 0: a read error in two lines"
+    for (x, y), tile in zip(places[[0, 2, 3]].tolist(), [tiles[0], *tiles[2:]]):
+        np.testing.assert_array_equal(tile, image[y : y + 256, x : x + 256])
+
+
+@pytest.mark.parametrize("name", ["a.tif", "a.png", "a.ome.tif"])
+def test_many_tiles_are_those_of_single_reads_in_the_order_given(section, pyramid, tmp_path, name):
+    image, path = section(800, 700), tmp_path / name
+    if name == "a.tif":
+        pyramid(path, image, 0.5, [(400, 350)])
+    elif name == "a.png":
+        Image.fromarray(image).save(path)
+    else:
+        tifffile.imwrite(path, image, tile=(128, 128), photometric="rgb", metadata={"axes": "YXS"})
+    places = np.array([(400, 300), (0, 0), (131, 77), (0, 0), (399, 1)])
+    with Slide(path, mpp_override=0.5) as slide:
+        assert list(slide.tiles(np.zeros((0, 2), np.int64), 256, 0.5)) == []
+        for mpp in (0.5, 0.61, 0.73):
+            tiles = list(slide.tiles(places, 256, mpp))
+            assert len(tiles) == len(places)
+            for (x, y), tile in zip(places.tolist(), tiles):
+                np.testing.assert_array_equal(tile, slide.read(x, y, 256, mpp))
+                assert (tile.shape, tile.dtype) == ((256, 256, 3), np.uint8)
+        np.testing.assert_array_equal(tiles[1], tiles[3])
+        with pytest.raises(ValueError, match="outside"):
+            list(slide.tiles(np.array([(0, 0), (545, 0)]), 256, 0.5))
+
+
 def test_plain_image_needs_a_resolution_and_takes_one(section, tmp_path):
     image = section(400, 300)
     Image.fromarray(image).save(tmp_path / "a.png")
@@ -256,6 +304,7 @@ def test_broken_files_are_refused_with_one_line(section, pyramid, tmp_path):
         "picture.svs": ((tmp_path / "p.png").read_bytes(), "a PNG image named .svs"),
         "cut.tif": (good[:400], "not readable|cannot be decoded"),
         "text.ndpi": (b"hello", "not a slide"),
+        "notes.dcm": (bytes(128) + b"DICM" + b"not really", "not a slide|not readable"),
         "broken.png": (b"\x89PNG\r\n\x1a\nnothing", "not readable as an image"),
     }
     for name, (data, said) in cases.items():

@@ -4,11 +4,9 @@ import errno
 import io
 import json
 import os
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
+from unittest import mock
 
 import cv2
 import numpy as np
@@ -17,9 +15,13 @@ import simplejpeg
 from PIL import Image
 
 from eosin.data_tools import tile as tile_module
+from eosin.data_tools import tile_slide as tile_slide_module
 from eosin.data_tools.errors import DONE, DONE_WITH_REFUSALS, USER_ERROR, UserError
 from eosin.data_tools.shards import ShardSet
-from eosin.data_tools.tile import box_means, grid, judge, run_each, tile_slides
+from eosin.data_tools.slide import Slide
+from eosin.data_tools.tile import tile_slides
+from eosin.data_tools.tile_slide import judge
+from eosin.data_tools.tissue import Thresholds
 from eosin.launch.cli import main
 
 
@@ -36,35 +38,6 @@ def slides(section, pyramid, tmp_path):
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.mark.parametrize(
-    ("side", "step", "downsample"), [(2220, 224.449, 1.0), (99_999, 512.0, 1.99955), (256, 256, 1)]
-)
-def test_grid_covers_without_gap_or_overlap(side, step, downsample):
-    edges = grid(side, step, downsample)
-    assert len(edges) == int(side / step)
-    assert edges[0] == 0
-    assert edges[-1] + step < side + 1
-    assert np.abs(np.diff(edges, append=edges[-1] + step) - step).max() <= downsample + 0.5
-    assert np.abs(edges - np.arange(len(edges)) * step).max() <= downsample + 0.5  # and it never drifts
-    np.testing.assert_allclose(edges / downsample % 1 % 0.75, 0, atol=0.26)  # whole pixels of the level
-
-
-def test_box_means_are_exact():
-    rng = np.random.default_rng(0)
-    mask = rng.random((23, 31)) < 0.5
-    fine = np.kron(mask, np.ones((16, 16)))  # sixteenths of a pixel
-    lefts, tops, side = np.array([0, 3.25, 17.5625]), np.array([1.125, 12.0]), 7.4375
-    want = [
-        [fine[int(t * 16) : int((t + side) * 16), int(x * 16) : int((x + side) * 16)].mean() for x in lefts]
-        for t in tops
-    ]
-    np.testing.assert_allclose(box_means(mask, lefts, tops, side), want, atol=1e-12)
-
-
-def test_box_means_beyond_the_edge_count_nothing():
-    assert box_means(np.ones((10, 10), bool), np.array([5.0]), np.array([0.0]), 10.0)[0, 0] == pytest.approx(0.5)
 
 
 def test_tiles_are_where_they_say_and_hold_what_the_slide_shows(section, pyramid, tmp_path):
@@ -112,7 +85,10 @@ def test_slides_table(slides, tmp_path):
     )
     summary = tile_slides([slides], tmp_path / "out", tile_size=128, slides_csv=tmp_path / "t.csv", workers=1)
     table = ShardSet(tmp_path / "out").slides().set_index("slide")
-    assert list(table.index) == ["A1", "b.1", "C1", "G1"]
+    assert list(table.index) == ["A1", "C1", "G1", "b.1"]
+    counts = np.bincount(ShardSet(tmp_path / "out").column("slide"), minlength=4)
+    assert counts.tolist() == table["tiles"].tolist()
+    table = table.loc[["A1", "b.1", "C1", "G1"]]
     assert table["source"].tolist() == ["a.tif", "b.1.tif", "c.tif", "slides/gone.svs"]
     assert table["patient"].tolist() == ["P1", "b.1", "P2", "P3"]
     assert table["stain"].tolist() == ["H&E", "H&E", "IHC", "H&E"]
@@ -128,8 +104,6 @@ def test_slides_table(slides, tmp_path):
     dropped = [column for column in table if column.startswith("dropped_")]
     totals = table[["tiles", *dropped]].sum(axis=1)
     assert totals.tolist() == [7 * 5, 9 * 8, int(1000 * 0.52 / 128) * int(900 * 0.52 / 128), 0]
-    counts = np.bincount(ShardSet(tmp_path / "out").column("slide"), minlength=4)
-    assert counts.tolist() == table["tiles"].tolist()
 
 
 @pytest.mark.parametrize(
@@ -153,7 +127,7 @@ def test_tables_that_make_no_sense(slides, tmp_path, text, said):
 def test_max_tiles_draws_by_seed(slides, tmp_path):
     def places(seed: int) -> list[tuple[int, int]]:
         out = tmp_path / f"seed{seed}"
-        tile_slides([slides / "b.1.tif"], out, tile_size=128, max_tiles=9, seed=seed)
+        tile_slides([slides / "b.1.tif"], out, tile_size=128, max_tiles=9, seed=seed, mix=0)
         shards = ShardSet(out)
         row = shards.slides().iloc[0]
         assert row["tiles"] == 9
@@ -169,9 +143,9 @@ def test_max_tiles_draws_by_seed(slides, tmp_path):
 
 def test_blank_and_blurred_tiles_are_judged(section):
     tile = section(1201, 1103)[400:656, 500:756]
-    assert judge(tile) is None
-    assert judge(cv2.GaussianBlur(tile, (0, 0), 8)) == "blur"
-    assert judge(np.full((256, 256, 3), 200, np.uint8)) == "blank"
+    assert judge(tile, Thresholds()) is None
+    assert judge(cv2.GaussianBlur(tile, (0, 0), 8), Thresholds()) == "blur"
+    assert judge(np.full((256, 256, 3), 200, np.uint8), Thresholds()) == "blank"
 
 
 def test_bad_slides_among_good_ones(slides, tmp_path, capsys):
@@ -266,7 +240,7 @@ def test_missing_path_empty_folder_and_bad_values(tmp_path, slides):
         ([tmp_path / "gone.svs"], {}, "gone.svs does not exist"),
         ([tmp_path / "empty"], {}, "holds no slide; known endings"),
         ([slides, slides / "a.tif"], {}, "given twice"),
-        ([slides], {"mpp": 0.0}, "--mpp 0.0 is out of range"),
+        ([slides], {"mpp": 0.0}, "--mpp 0 is out of range"),
         ([slides], {"tile_size": 4}, "--tile-size 4 is out of range"),
         ([slides], {"min_tissue": 0.0}, "--min-tissue"),
         ([slides], {"mpp_override": 353.0}, "--mpp-override"),
@@ -315,9 +289,10 @@ def test_pictures_and_page(slides, tmp_path):
     (tmp_path / "t.csv").write_text('path,slide\nslides/a.tif,"<b>&""x"\n')
     tile_slides([slides / "a.tif"], tmp_path / "out", tile_size=128, slides_csv=tmp_path / "t.csv")
     page = (tmp_path / "out" / "qc.html").read_text()
-    assert "&lt;b&gt;&amp;&quot;x" in page
+    assert "&lt;b&gt;&amp;&#34;x" in page
     assert '<b>&"x' not in page
-    assert "http" not in page
+    assert "http:" not in page
+    assert "https:" not in page
     (picture,) = (tmp_path / "out" / "qc").iterdir()
     assert f'src="qc/{picture.name}"' in page
     drawn = np.asarray(Image.open(picture))
@@ -332,12 +307,16 @@ def test_full_disk(slides, tmp_path, capsys, monkeypatch):
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(tile_module.ShardWriter, "append", full)
+    monkeypatch.setattr(tile_module.Journal, "add", full)
     assert main(command) == USER_ERROR
-    assert "No space left on device" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["slides"]
+    assert "No space left on device; mend that and run the same command again" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
     monkeypatch.undo()
+    read = mock.Mock(side_effect=Slide)
+    monkeypatch.setattr(tile_slide_module, "Slide", read)
     assert main(command) == DONE
+    assert read.call_count == 0  # what was tiled before is not tiled again
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "slides"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
@@ -352,50 +331,9 @@ def test_really_full_disk_under_workers(slides, tmp_path, capsys):
             == USER_ERROR
         )
         assert "No space left on device" in capsys.readouterr().err
-        assert list(disk.iterdir()) == []
+        assert [path.name for path in disk.iterdir()] == ["out.unfinished"]
     finally:
         subprocess.run(["umount", disk], check=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("moment", ["qc", "qc/*.png"])
-def test_killed_run_leaves_no_output_and_no_process(slides, tmp_path, moment):
-    """Killed as soon as its temporary folder holds a given file, a run leaves nothing that the next one minds."""
-    command = [sys.executable, "-m", "eosin.launch", "tile", str(slides), "--out", str(tmp_path / "out")]
-    command += ["--tile-size", "64", "--workers", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
-    while process.poll() is None and not any(tmp_path.glob(f".out.partial-*/{moment}")):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (tmp_path / "out").exists()
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and _members(process.pid):
-        time.sleep(0.1)
-    assert _members(process.pid) == []  # the workers went with their parent
-    subprocess.run(command, check=True, capture_output=True)
-    tile_slides([slides], tmp_path / "truth" / "out", tile_size=64, workers=1)
-    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "truth" / "out")
-
-
-def _members(session: int) -> list[int]:
-    """Processes of a session that still run."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = entry.read_text().rsplit(")", 1)[1].split()
-        except OSError:
-            continue
-        if int(fields[3]) == session and fields[0] != "Z":
-            found.append(int(entry.parent.name))
-    return found
-
-
-def test_a_job_that_kills_its_process_is_refused_and_the_others_finish():
-    jobs = ["1", "2", "__import__('os').abort()", "4", "5", "6"]
-    results = list(run_each(eval, jobs, 2))
-    assert [results[i] for i in (0, 1, 3, 4, 5)] == [1, 2, 4, 5, 6]
-    assert results[2] == "reading it killed the process"
 
 
 @pytest.mark.slow

@@ -62,3 +62,37 @@ def test_what_cannot_be_drawn_is_one_line(tiny_shards, tmp_path, monkeypatch, ca
     assert said in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_overrides_may_follow_an_option(tiny_shards, tmp_path, capsys):
+    out = tmp_path / "crops.png"
+    assert main(["inspect", "crops", str(tiny_shards), "demo", "--tiles", "1", "--out", str(out), *SMALL]) == 0
+    assert capsys.readouterr().out == f"{out}: crops of 1 tiles\n"
+
+
+def test_a_sheet_of_a_shard_set_and_what_it_holds_in_words(tiny_shards, tmp_path, capsys):
+    out = tmp_path / "shards.png"
+    assert main(["inspect", "shards", str(tiny_shards), "--tiles", "12", "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert f"{tiny_shards}: 48 tiles of 64 px at 0.5 µm/px of 4 slides" in said
+    assert "  tiles a slide   12\n" in said
+    assert said.endswith(f"picture: {out}\n")
+    assert Image.open(out).width > 1000
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["shards", "demo", "--out", "x.png"], "'demo': eosin inspect shards takes no recipe"),
+        (["crops", "--out", "x.png"], "eosin inspect crops needs a recipe"),
+        (["shards", "--out", "x.jpg"], "x.jpg is not a PNG"),
+        (["shards", "--tiles", "0", "--out", "x.png"], "--tiles 0 is not a number of tiles"),
+    ],
+)
+def test_arguments_of_the_other_picture_are_one_line(tiny_shards, tmp_path, monkeypatch, capsys, given, said):
+    monkeypatch.chdir(tmp_path)
+    assert main(["inspect", given[0], str(tiny_shards), *given[1:]]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
