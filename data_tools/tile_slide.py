@@ -44,8 +44,8 @@ from eosin.data_tools.tma import Cores, dearray
 SUBSAMPLING = "444"
 # A slide of which more tiles than this cannot be decoded is damaged, and is refused as a whole.
 MAX_UNREADABLE = 0.05
-# Small slides get a finer thumbnail, so that their outline is as good.
-THUMBNAIL_PIXELS = 512
+# Small slides get a finer thumbnail, so that their outline is as good; finer than cells it gains nothing more.
+THUMBNAIL_PIXELS, FINEST_THUMBNAIL_MPP = 512, 2.0
 JUDGED = ("blank", "blur", "unreadable")
 DROP_REASONS = ("background", "pen", "edge", "debris", *JUDGED, "outside", "limit")
 # What a tile's JSON holds of its own; a column of --coords with such a name is kept as given_<name>.
@@ -203,7 +203,8 @@ def judge(tile: np.ndarray, thresholds: Thresholds) -> str | None:
 def see(slide: Slide, job: Job, settings: Settings) -> Seen | None:
     """Look at a slide's thumbnail for its tissue; None where its light is its own, as in fluorescence."""
     assert slide.mpp is not None
-    mpp = max(min(THUMBNAIL_MPP, max(slide.size) * slide.mpp / THUMBNAIL_PIXELS), slide.mpp)
+    fitting = max(max(slide.size) * slide.mpp / THUMBNAIL_PIXELS, FINEST_THUMBNAIL_MPP)
+    mpp = max(min(THUMBNAIL_MPP, fitting), slide.mpp)
     thumbnail = slide.thumbnail(mpp)
     if job.mask is not None:
         tissue = Tissue(read_mask(job.mask, slide.size, thumbnail.shape[:2]), {})

@@ -166,7 +166,7 @@ def test_a_thousand_slides_of_which_fifty_are_broken(section, pyramid, tmp_path)
     folder, few, rng = tmp_path / "slides", tmp_path / "few", np.random.default_rng(0)
     folder.mkdir()
     few.mkdir()
-    image = section(300, 300)
+    image = section(440, 440)
     for number in range(950):
         shown = np.clip(image.astype(np.int16) + rng.integers(-2, 3), 0, 255).astype(np.uint8)
         shown[0, 0] = rng.integers(0, 256, 3)
@@ -192,7 +192,7 @@ def test_a_thousand_slides_of_which_fifty_are_broken(section, pyramid, tmp_path)
         noise(".mrxs", 3000),
         lambda path: path.with_suffix(".tif").write_bytes(good[: int(rng.integers(100, len(good) // 2))]),
         lambda path: path.with_suffix(".tif").write_bytes(good[:8] + rng.bytes(len(good) - 8)),
-        tiff(np.full((300, 300, 3), 240, np.uint8)),
+        tiff(np.full((440, 440, 3), 240, np.uint8)),
         tiff(image.copy(), resolution=(1, 1), resolutionunit="NONE"),
         tiff(image.copy(), resolution=(1000, 1000)),
         tiff(image[:100, :100].copy()),
