@@ -12,6 +12,7 @@ import contextlib
 import json
 import shutil
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -135,7 +136,8 @@ def tile_slides(
         if not (folder / "dataset.json").exists():
             journal = _tile_all(folder, jobs, chosen, mpp_override, mix, shard_mib << 20, workers or cores())
             rows = [_row(job, facts, stain or "H&E") for job, facts in sorted(journal, key=lambda pair: pair[0].row)]
-            if not any(row["tiles"] for row in rows):
+            # A part may be empty: the whole is not.
+            if share is None and not any(row["tiles"] for row in rows):
                 reasons = shorten([f"{row['source']}: {row['reason']}" for row in rows], limit=3)
                 raise UserError(f"no slide gave a tile, so nothing was written; {reasons}")
             write_page(folder / "qc.html", out.name, rows)
@@ -197,6 +199,8 @@ def find_jobs(
         found = [source for source in found if source.slide in coords_of]
     if not found:
         raise UserError("no slide is left to tile; " + "; ".join(notices))
+    if n > len(found):
+        raise UserError(f"--part {share} of {len(found)} slides leaves parts without any; give fewer parts")
     if pseudonyms is None:
         sources_now = found
     else:
@@ -245,7 +249,8 @@ def _tile_all(
     waiting: list[tuple[Job, dict[str, Any], np.ndarray | None]] = []
     close = partial(_close, folder, journal, waiting, shard_bytes, key if mix else None)
     work = partial(tile_source, settings=settings, mpp_override=mpp_override, folder=folder)
-    began, tiles, size = sum(facts["tiles"] for facts in journal.facts), 0, 0
+    before, began = sum(facts["tiles"] for facts in journal.facts), time.monotonic()
+    tiles = size = 0
     # Closed before the folder goes, so that no worker still writes into it.
     with contextlib.closing(run_each(work, order[done:], workers)) as results:
         shown = progress(
@@ -254,7 +259,7 @@ def _tile_all(
             start=done,
             desc="tile",
             unit="slides",
-            status=lambda: f"{began + tiles} tiles",
+            status=lambda: f"{before + tiles} tiles, {tiles / (time.monotonic() - began):.0f} tiles/s",
         )
         for job, result in zip(order[done:], shown):
             facts, index = result if isinstance(result, tuple) else (refused(result), None)

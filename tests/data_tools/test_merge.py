@@ -78,6 +78,20 @@ def test_parts_that_do_not_belong_together(slides, parts, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_part_may_be_of_refused_slides_only_and_none_without_slides(slides, tmp_path):
+    for name in ("s0.tif", "broken.svs"):
+        (tmp_path / "two").mkdir(exist_ok=True)
+        os.link(slides / name, tmp_path / "two" / name)
+    made = [tile_slides([tmp_path / "two"], tmp_path / f"p{k}", tile_size=128, share=f"{k}/2") for k in (1, 2)]
+    assert sorted(len(ShardSet(tmp_path / f"p{k}")) == 0 for k in (1, 2)) == [False, True]
+    assert sorted(summary.exit_code for summary in made) == [0, DONE_WITH_REFUSALS]
+    merged = merge_parts([tmp_path / "p1", tmp_path / "p2"], tmp_path / "merged")
+    assert merged.refused == [("broken.svs", "not a slide of a known format")]
+    assert ShardSet(tmp_path / "merged").slides()["state"].tolist() == ["refused", "done"]
+    with pytest.raises(UserError, match="--part 1/3 of 2 slides leaves parts without any"):
+        tile_slides([tmp_path / "two"], tmp_path / "p3", share="1/3")
+
+
 @pytest.mark.slow
 def test_ranks_take_a_part_each(slides, tmp_path):
     command = [sys.executable, "-m", "eosin.launch", "tile", str(slides), "--out", str(tmp_path / "parts")]
