@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -44,6 +45,10 @@ def run_each(function: Callable[[Any], Any], jobs: Sequence[Any], workers: int) 
                     done += 1
             except BrokenProcessPool:
                 pass
+            except BaseException:
+                for process in multiprocessing.active_children():
+                    process.kill()  # nobody waits for what they are at
+                raise
             finally:
                 pool.shutdown(cancel_futures=True)
         todo = todo[done:]
@@ -77,6 +82,8 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 
 def _begin_worker() -> None:
     cv2.setNumThreads(1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # sent to all processes of a job, they are for the parent
     parent = multiprocessing.parent_process()
 
     def follow() -> None:

@@ -1,4 +1,4 @@
-"""The shard set: plain WebDataset tars, a memory-mapped index beside each, a slides table and ``dataset.json``.
+"""The shard set: plain WebDataset tars, an index beside each, a slides table and ``dataset.json``.
 
     SHARDS/
       dataset.json              schema, tile size, mpp, counts, sha256 of every shard, the config that made it

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tiles.add_argument("--sample", default="random", metavar="HOW", help="random or stratified")
     tiles.add_argument("--tissue", nargs="+", default=[], metavar="V", help="thresholds: close_um=40 max_pen=0 ...")
     tiles.add_argument("--tma", action="store_true", help="microarrays: tiles of cores, with the cores' names")
-    tiles.add_argument("--masks", type=Path, metavar="DIR", help="tissue masks instead: PNG, GeoJSON, contours")
+    tiles.add_argument("--masks", type=Path, metavar="DIR", help="tissue masks instead: PNG, TIFF, GeoJSON")
     tiles.add_argument("--coords", type=Path, metavar="P", help="places instead: a CSV, or HDF5 files in a folder")
     tiles.add_argument("--seed", type=int, default=0, help="of all draws")
     slides = parser.add_argument_group("slides")
@@ -100,4 +100,4 @@ def _stop(*_: object) -> None:
     from eosin.data_tools.errors import TO_BE_CONTINUED
 
     print("eosin: stopped; the same command goes on", file=sys.stderr, flush=True)
-    os._exit(TO_BE_CONTINUED)
+    raise SystemExit(TO_BE_CONTINUED)

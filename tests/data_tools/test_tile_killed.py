@@ -125,14 +125,19 @@ def test_killed_at_random_moments_every_tile_is_there_once(slides, tmp_path, see
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_told_to_stop_it_says_that_it_is_to_be_continued(slides, tmp_path, number):
-    command = [sys.executable, "-m", "eosin.launch", "tile", str(slides), "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, env=ENVIRONMENT, text=True)
+    # As a launcher runs a verb: the rank's own end, where its code is left, is reached.
+    code = "import sys; from eosin.launch.ranks import run_verb; c = run_verb(sys.argv[1:]); print(c); sys.exit(c)"
+    command = [sys.executable, "-c", code, "tile", str(slides), "--out", str(tmp_path / "out"), "--workers", "2"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, **pipes, env=ENVIRONMENT, text=True, start_new_session=True)
     while process.poll() is None and not list((tmp_path / "out.unfinished" / "parts").glob("*.json")):
         time.sleep(0.005)
-    process.send_signal(number)
-    said = process.communicate()[1]
-    assert process.returncode == TO_BE_CONTINUED
+    os.killpg(process.pid, number)  # all processes of a job get it
+    printed, said = process.communicate(timeout=60)
+    assert (process.returncode, printed) == (TO_BE_CONTINUED, f"{TO_BE_CONTINUED}\n")
     assert "stopped; the same command goes on" in said
+    assert _members(process.pid) == []
+    assert (tmp_path / "out.unfinished" / "settings.json").exists()
 
 
 def _members(session: int) -> list[int]:
