@@ -1,7 +1,8 @@
 """Embeddings on disk: one safetensors file a shard set and encoder.
 
 ``features`` is [N, D]; every other tensor is one column, row for row: numbers as they are, strings as zero-padded
-UTF-8 of shape [N, width], uint8. The metadata carry the encoder's fingerprint. Never a file a tile.
+UTF-8 of shape [N, width], uint8. The metadata carry the encoder's fingerprint. Never a file a tile. Features are mapped
+from the file and not read before they are used, so a million rows cost no memory until somebody asks for them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA = "1"
+TYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
 
 
 @dataclass
@@ -27,7 +29,7 @@ class Embeddings:
     """Features and what is known of each row.
 
     Attributes:
-        features: [N, D], float32 or float16.
+        features: [N, D], float32 or float16; of a file that was read, mapped from it: changes stay in memory.
         table: N rows; at least key, slide, x, y and mpp.
         encoder: the fingerprint: name, weights' sha256, preprocessing, normalizer, pooling.
         path: where it was read from, None before it is written.
@@ -98,10 +100,26 @@ def read_embeddings(path: Path | str) -> Embeddings:
                 else file.get_tensor(f"column/{name}")
                 for name in json.loads(metadata["columns"])
             }
-            features = file.get_tensor("features")
     except SafetensorError as error:
         raise UserError(f"{path} is not readable as safetensors: {error}") from None
-    return Embeddings(features, pd.DataFrame(columns), json.loads(metadata["encoder"]), path)
+    return Embeddings(_mapped(path, "features"), pd.DataFrame(columns), json.loads(metadata["encoder"]), path)
+
+
+def _mapped(path: Path, name: str) -> np.ndarray:
+    """A tensor of a safetensors file that is known to be sound, mapped copy-on-write.
+
+    The file begins with the length of a JSON header, which says where each tensor lies behind it.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(length))[name]
+    shape = tuple(entry["shape"])
+    if entry["dtype"] not in TYPES:
+        raise UserError(f"{path} holds {name} of type {entry['dtype']}; valid: {', '.join(TYPES)}")
+    if 0 in shape:  # nothing can be mapped
+        return np.empty(shape, dtype=TYPES[entry["dtype"]])
+    offset = 8 + length + entry["data_offsets"][0]
+    return np.asarray(np.memmap(path, TYPES[entry["dtype"]], "c", offset, shape))
 
 
 def _encode(values: list[str]) -> np.ndarray:

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -121,11 +122,11 @@ def parse_json(read: Callable[[], bytes], where: str, what: str) -> dict[str, An
 def read_csv(path: Path | str, required: list[str]) -> list[dict[str, str]]:
     """Read a CSV with a header as rows of strings; every column of ``required`` must be there.
 
-    Raises UserError for a missing file, a missing column or a ragged row.
+    Raises UserError for a missing file, a missing column, two columns of one name or a ragged row.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path} does not exist; expected a CSV file")
+        raise UserError(f"{path} {'is no file' if path.exists() else 'does not exist'}; expected a CSV file")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(_without_nul(file))
@@ -136,6 +137,9 @@ def read_csv(path: Path | str, required: list[str]) -> list[dict[str, str]]:
     for column in required:
         if column not in header:
             raise UserError(f"{path} has no column '{column}'; its columns are: {', '.join(header) or 'none'}")
+    twice = [column for column, n in Counter(header).items() if n > 1 and column]  # Excel leaves nameless ones
+    if twice:
+        raise UserError(f"{path} has two columns '{twice[0]}'; rename one of them")
     for number, row in enumerate(rows, start=2):
         if None in row or None in row.values():
             raise UserError(f"{path} line {number} does not have the header's {len(header)} fields")

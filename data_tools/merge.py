@@ -63,7 +63,7 @@ def merge_parts(parts: Sequence[Path | str], out: Path | str) -> Summary:
                 index["slide"] = row_of[first[number] + index["slide"]]
                 np.save(index_path(tar), index, allow_pickle=False)
                 shards.append(shard | {"file": tar.name})
-            for picture in (part.folder / "qc").iterdir():
+            for picture in (part.folder / "qc").glob("*"):  # none where the user removed them
                 _link(picture, folder / "qc" / picture.name)
         table = table.iloc[order].reset_index(drop=True)
         write_page(

@@ -83,6 +83,8 @@ def pack_images(
     _check(tile_size, mpp, modality, channel, window)
     paths = [Path(path) for path in ([given] if isinstance(given, (str, Path)) else given)]
     source = open_source(paths, Path(manifest) if manifest else None, label, group)
+    if not source.count:
+        raise UserError(f"{source.what} holds no image; nothing was written")
     config: dict[str, Any] = {
         "verb": "pack",
         "label": label,

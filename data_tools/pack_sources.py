@@ -123,6 +123,8 @@ def _find(given: Sequence[Path], manifest: Path | None) -> tuple[str, list[Path]
     kinds: dict[str, list[Path]] = {}
     notices = []
     for path in given:
+        if (path / "dataset.json").is_file():
+            raise UserError(f"{path} is a shard set already; to pack it anew give its tars one by one")
         if path.is_dir():
             inside: dict[str, list[Path]] = {}
             for file in find_files(path, tuple(CONTAINERS)):

@@ -71,7 +71,7 @@ class Summary:
         lines = [*self.lines, *(f"note: {notice}" for notice in self.notices)]
         if self.refused:
             lines.append(f"refused: {len(self.refused)}")
-            lines += [f"  {name}: {reason}" for name, reason in self.refused[:20]]
+            lines += ["\\n".join(f"  {name}: {reason}".splitlines()) for name, reason in self.refused[:20]]
             if len(self.refused) > 20:
                 lines.append(f"  and {len(self.refused) - 20} more, in the slides table")
         return "\n".join(lines)
@@ -90,12 +90,14 @@ def find_slides(given: Sequence[Path]) -> list[Source]:
     files: list[tuple[Path, Path]] = []  # the file, and what its name is relative to
     for path in given:
         if path.is_dir():
-            found = find_files(path, SLIDE_SUFFIXES) or find_files(path, IMAGE_SUFFIXES)
+            found = find_files(path, SLIDE_SUFFIXES) or _pictures(path)
             if not found:
                 raise UserError(f"{path} holds no slide; known endings: {' '.join(SLIDE_SUFFIXES + IMAGE_SUFFIXES)}")
             files += [(file, path) for file in found]
-        elif path.exists():
+        elif path.is_file():
             files.append((path, path.parent))
+        elif path.exists():
+            raise UserError(f"{path} is no file; give slides or folders of slides")
         else:
             raise UserError(f"{path} does not exist; give slides or folders of slides")
     twice = [path for path, n in Counter(file.resolve() for file, _ in files).items() if n > 1]
@@ -125,14 +127,32 @@ def find_slides(given: Sequence[Path]) -> list[Source]:
 
 
 def find_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """Files of a folder, at any depth, with one of the endings; sorted, hidden ones left out."""
-    return sorted(
+    """Files of a folder, at any depth, with one of the endings; sorted, hidden ones left out.
+
+    Links that lead nowhere are among them, so that whoever opens them says so.
+
+    Raises UserError for a folder that cannot be read.
+    """
+    found = []
+    for where, folders, names in os.walk(folder, onerror=_refuse_unreadable):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = [Path(where) / name for name in names if not name.startswith(".")]
+        found += [path for path in paths if path.suffix.lower() in suffixes and (path.is_file() or not path.exists())]
+    return sorted(found)
+
+
+def _pictures(folder: Path) -> list[Path]:
+    """Plain images of a folder, without those in which earlier tilings show what they did."""
+    return [
         path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in suffixes
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+        for path in find_files(folder, IMAGE_SUFFIXES)
+        if path.parent.name != "qc"
+        or not any((path.parent.parent / name).exists() for name in ("dataset.json", "settings.json"))
+    ]
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    raise UserError(f"the folder {error.filename} cannot be read: {error.strerror}; mend that, or leave it out")
 
 
 def unique_names(paths: Sequence[tuple[Path, ...]]) -> list[str]:
@@ -171,7 +191,9 @@ def join_table(sources: list[Source], table: Path) -> tuple[list[Source], list[s
     Raises UserError for a table with neither column, two rows for a file or slide, or an impossible mpp.
     """
     rows = read_csv(table, [])
-    columns = set(rows[0]) if rows else set()
+    if not rows:
+        raise UserError(f"{table} lists no slide; give a header with 'path' or 'slide', and a line a slide")
+    columns = set(rows[0])
     key = next((c for c in ("path", "slide") if c in columns), None)
     if key is None:
         raise UserError(f"{table} has no column 'path' or 'slide'; its columns are: {', '.join(sorted(columns))}")

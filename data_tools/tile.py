@@ -110,19 +110,7 @@ def tile_slides(
     magnifications = tuple(sorted(map(float, mpp))) if isinstance(mpp, Sequence) else (float(mpp),)
     chosen = Settings(mpp=magnifications, tile_size=tile_size, **settings)
     chosen.check()
-    for name, value, good, valid in (
-        ("workers", workers, workers is None or workers >= 1, "1 or more"),
-        ("mix", mix, mix >= 0, "0 or more"),
-        ("shard-mib", shard_mib, 1 <= shard_mib <= 1 << 14, "1 to 16384"),
-        (
-            "mpp-override",
-            mpp_override,
-            mpp_override is None or MPP_RANGE[0] <= mpp_override <= MPP_RANGE[1],
-            f"{MPP_RANGE[0]:g} to {MPP_RANGE[1]:g} µm/px",
-        ),
-    ):
-        if not good:
-            raise UserError(f"--{name} {value} is out of range; valid: {valid}")
+    check_work(workers, mpp_override, mix, shard_mib)
     jobs, notices, given = find_jobs(sources, slides_csv, frozen, pseudonyms, coords, masks, share)
     config: dict[str, Any] = {"verb": "tile", **asdict(chosen), "subsampling": SUBSAMPLING}
     config |= {"mpp_override": mpp_override, "stain": stain, "mix": mix, "shard_mib": shard_mib, **given}
@@ -155,6 +143,23 @@ def tile_slides(
     made = summary(out)
     made.notices += notices
     return made
+
+
+def check_work(workers: int | None, mpp_override: float | None, mix: int = 0, shard_mib: int = 1) -> None:
+    """Raise UserError for a value out of range."""
+    for name, value, good, valid in (
+        ("workers", workers, workers is None or workers >= 1, "1 or more"),
+        ("mix", mix, mix >= 0, "0 or more"),
+        ("shard-mib", shard_mib, 1 <= shard_mib <= 1 << 14, "1 to 16384"),
+        (
+            "mpp-override",
+            mpp_override,
+            mpp_override is None or MPP_RANGE[0] <= mpp_override <= MPP_RANGE[1],
+            f"{MPP_RANGE[0]:g} to {MPP_RANGE[1]:g} µm/px",
+        ),
+    ):
+        if not good:
+            raise UserError(f"--{name} {value} is out of range; valid: {valid}")
 
 
 def find_jobs(
@@ -324,11 +329,19 @@ def summary(out: Path) -> Summary:
     table, config = shards.slides(), shards.dataset["config"]
     dropped = Counter({reason: int(table[f"dropped_{reason}"].sum()) for reason in DROP_REASONS})
     bad = table[table["state"] == "refused"]
-    at = " and ".join(f"{mpp:g}" for mpp in config["mpp"])
+    asked = [f"{mpp:g}" for mpp in config["mpp"]]
+    at = " and ".join([", ".join(asked[:-1]), asked[-1]]) if len(asked) > 1 else asked[0]
+    have = [set(text.split()) for text in table.loc[table["state"] != "refused", "magnifications"]]
+    lacking = {mpp: sum(mpp not in own for own in have) for mpp in asked}
     lines = [
         f"{out}: {len(shards)} tiles of {shards.tile_size} px at {at} µm/px "
         f"from {len(table) - len(bad)} of {len(table)} slides",
         "dropped: " + (", ".join(f"{n} {reason}" for reason, n in dropped.items() if n) or "none"),
         f"pictures: {out / 'qc.html'}",
     ]
-    return Summary(lines, list(zip(bad["source"].tolist(), bad["reason"].tolist())))
+    notices = [
+        f"{n} of {len(have)} slides are too coarse for {mpp} µm/px, or smaller than a tile of it"
+        for mpp, n in lacking.items()
+        if n
+    ]
+    return Summary(lines, list(zip(bad["source"].tolist(), bad["reason"].tolist())), notices)

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from eosin.data_tools.draws import permute, purpose
-from eosin.data_tools.errors import Refusal
+from eosin.data_tools.errors import Refusal, UserError
 from eosin.data_tools.pool import cores
 from eosin.data_tools.progress import progress
 from eosin.data_tools.slide import Slide
 from eosin.data_tools.sources import Summary, shorten
-from eosin.data_tools.tile import find_jobs
+from eosin.data_tools.tile import check_work, find_jobs
 from eosin.data_tools.tile_slide import Job, Settings, choose, encode, see
 
 SLIDES, TILES = 12, 48
@@ -58,8 +58,12 @@ def plan_tiles(
     """
     chosen = Settings(mpp=tuple(sorted(map(float, mpp))), tile_size=tile_size, **settings)
     chosen.check()
+    check_work(workers, mpp_override)
     jobs, notices, _ = find_jobs(sources, slides_csv, frozen, pseudonyms, coords, masks, share)
     there = [job for job in jobs if not job.source.refused]
+    if not there:
+        listed = shorten([f"{job.source.listed}: {job.source.refused}" for job in jobs], limit=3)
+        raise UserError(f"no slide can be opened, so there is nothing to plan; {listed}")
     drawn = permute(np.arange(min(SLIDES, len(there))), len(there), chosen.seed, purpose("plan"))
     refused: list[tuple[str, str]] = []
     looks = []
@@ -91,6 +95,7 @@ def look(job: Job, settings: Settings, mpp_override: float | None) -> Look:
     assert job.source.path is not None
     began = time.process_time()
     with Slide(job.source.path, mpp_override if job.source.mpp is None else job.source.mpp) as slide:
+        slide.require(max(settings.mpp))
         seen = see(slide, job, settings)
         if seen is None:
             raise Refusal("dark background with light from the specimen, as in fluorescence")

@@ -92,10 +92,10 @@ class Settings:
     def check(self) -> None:
         """Raise UserError for a value out of range."""
         low, high = MPP_RANGE
-        names = [round(1000 * mpp) for mpp in self.mpp]
+        names = [round(1000 * mpp) for mpp in self.mpp if math.isfinite(mpp)]
         for name, value, good, valid in (
             ("mpp", list(self.mpp), all(low <= mpp <= high for mpp in self.mpp), f"{low:g} to {high:g} µm/px"),
-            ("mpp", list(self.mpp), 0 < len(names) == len(set(names)), "one or several, each another"),
+            ("mpp", list(self.mpp), 0 < len(names) == len(set(names)), "one or several that differ"),
             ("tile-size", self.tile_size, 16 <= self.tile_size <= 4096, "16 to 4096 px"),
             ("overlap", self.overlap, 0 <= self.overlap < self.tile_size, f"0 to {self.tile_size - 1} px"),
             ("region", self.region, self.tile_size <= self.stored_size <= 8192, f"{self.tile_size} to 8192 px"),

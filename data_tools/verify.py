@@ -88,7 +88,8 @@ def verify_shards(
             decoded += found.decoded
             keys.frombytes(found.keys.tobytes())
             if found.repaired:
-                verdict.repaired.append(f"{index_name(name)}: rebuilt from its tar; it was wrong: {found.wrong_index}")
+                wrong = found.wrong_index.removeprefix(f"{index_name(name)}: ")
+                verdict.repaired.append(f"{index_name(name)}: rebuilt from its tar; it was wrong: {wrong}")
             elif found.lost:
                 verdict.lost.append(name)
             elif found.wrong_index:
@@ -97,7 +98,7 @@ def verify_shards(
             if found.slides is not None:
                 outside += _count(found.slides, of_slide)
     unlisted = {path.name for path in folder.glob("*.tar")} - {shard["file"] for shard in shards}
-    problems += [f"{name}: not listed in dataset.json" for name in sorted(unlisted)]
+    problems += [f"{name}: not listed in dataset.json; remove it" for name in sorted(unlisted)]
     problems += _twice(np.frombuffer(keys, np.uint64), folder, shards)
     if dataset["tiles"] != total:
         problems.append(f"dataset.json: says {dataset['tiles']} tiles where its shards have {total}")
@@ -197,6 +198,8 @@ def _read_slides(folder: Path) -> tuple[pd.DataFrame | None, list[str]]:
     path = folder / "slides.parquet"
     try:
         table = pd.read_parquet(path)
+    except FileNotFoundError:
+        return None, [f"{path.name}: missing"]
     except (OSError, ValueError) as error:
         return None, [f"{path.name}: not readable: {' '.join(str(error).split())[:200]}"]
     lacking = [column for column in COLUMNS if column not in table]

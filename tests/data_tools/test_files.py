@@ -74,6 +74,16 @@ def test_ragged_csv_names_the_line(tmp_path):
         read_csv(tmp_path / "m.csv", ["path"])
 
 
+def test_csv_with_two_columns_of_one_name_is_refused_unless_they_have_none(tmp_path):
+    (tmp_path / "m.csv").write_text("path,label,label\na,b,c\n")
+    with pytest.raises(UserError, match="two columns 'label'"):
+        read_csv(tmp_path / "m.csv", [])
+    (tmp_path / "m.csv").write_text("path,label,,\na,b,,\n")
+    assert read_csv(tmp_path / "m.csv", ["label"])[0]["label"] == "b"
+    with pytest.raises(UserError, match="is no file"):
+        read_csv(tmp_path, [])
+
+
 @pytest.mark.parametrize("text", ["", "{", "[1]", "\x00\xff"])
 def test_broken_json_is_one_line(tmp_path, text):
     (tmp_path / "a.json").write_text(text)

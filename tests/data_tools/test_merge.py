@@ -55,6 +55,15 @@ def test_the_parts_together_are_the_whole(slides, parts, tmp_path):
     assert again.exit_code == DONE_WITH_REFUSALS
 
 
+def test_pictures_that_were_removed_do_not_matter(parts, tmp_path):
+    bare = shutil.copytree(parts[1], tmp_path / "bare")
+    shutil.rmtree(bare / "qc")
+    merge_parts([parts[0], bare, parts[2]], tmp_path / "merged")
+    left = {path.name for part in (parts[0], parts[2]) for path in (part / "qc").iterdir()}
+    assert {path.name for path in (tmp_path / "merged" / "qc").iterdir()} == left
+    assert verify_shards(tmp_path / "merged").problems == []
+
+
 def test_each_slide_is_in_one_part_and_parts_are_alike_in_size(parts):
     names = [ShardSet(part).slides()["slide"].tolist() for part in parts]
     assert sorted(name for part in names for name in part) == ["broken", *(f"s{n}" for n in range(7))]

@@ -243,6 +243,14 @@ def test_folder_mistakes(folder, tmp_path):
             pack_images(path, tmp_path / "out", **options)
 
 
+def test_a_shard_set_is_not_packed_for_its_pictures(folder, tmp_path):
+    pack_images(folder, tmp_path / "set")
+    save(tmp_path / "set" / "qc" / "a.png")
+    with pytest.raises(UserError, match="set is a shard set already"):
+        pack_images(tmp_path / "set", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_names_that_differ_only_in_their_ending(tmp_path):
     save(tmp_path / "images" / "a.jpg")
     save(tmp_path / "images" / "a.png")

@@ -117,6 +117,8 @@ def test_hdf5_mistakes(tmp_path, capsys):
         ([tmp_path / "cut.h5"], [], "is not readable as HDF5, or cut"),
         ([tmp_path / "text.h5"], [], "is not readable as HDF5, or cut"),
         ([good, good], [], "is given twice"),
+        ([write("none", x=images[:0])], [], "none.h5 holds no image"),
+        ([tmp_path / "none.h5"], ["--modality=xray"], "none.h5 holds no image"),
         ([good], ["--manifest=m.csv"], "carry their own columns"),
         ([write("deep", x=images.astype(np.uint16))], [], "its values are uint16; 8 bits a channel are read"),
     ):

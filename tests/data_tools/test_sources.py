@@ -11,6 +11,7 @@ from eosin.data_tools.errors import UserError
 from eosin.data_tools.files import read_csv
 from eosin.data_tools.sources import (
     Source,
+    Summary,
     find_slides,
     fingerprint,
     join_table,
@@ -61,6 +62,38 @@ def test_folders_prefer_slides_to_pictures(tmp_path):
     (tmp_path / "b.svs").unlink()
     (tmp_path / "case" / "a.TIF").unlink()
     assert [source.slide for source in find_slides([tmp_path])] == ["macro"]
+
+
+def test_what_cannot_be_read_is_never_passed_over(tmp_path, monkeypatch):
+    write(tmp_path, a_svs="a", b_svs="b")
+    (tmp_path / "gone.svs").symlink_to(tmp_path / "nowhere.svs")
+    assert [source.listed for source in find_slides([tmp_path])] == ["a.svs", "b.svs", "gone.svs"]
+    os.mkfifo(tmp_path / "pipe.svs")
+    with pytest.raises(UserError, match=r"pipe\.svs is no file"):
+        find_slides([tmp_path / "pipe.svs"])
+    (tmp_path / "closed").mkdir()
+    listed = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match="closed cannot be read: Permission denied"):
+        find_slides([tmp_path])
+
+
+def test_pictures_of_an_earlier_tiling_are_no_slides(tmp_path):
+    write(tmp_path, a_png="a", out__dataset_json="{}", parts_unfinished__settings_json="{}", qc__c_png="c")
+    for folder in ("out", "parts.unfinished"):
+        (tmp_path / folder / "qc").mkdir()
+        (tmp_path / folder / "qc" / "a.png").touch()
+    assert [source.listed for source in find_slides([tmp_path])] == ["a.png", "c.png"]
+
+
+def test_a_name_with_line_breaks_stays_on_one_line():
+    assert str(Summary([], [("a\nb.svs", "broken")])).splitlines() == ["refused: 1", r"  a\nb.svs: broken"]
 
 
 def test_fingerprint_follows_names_sizes_and_order(tmp_path):

@@ -207,6 +207,32 @@ def test_the_plan_says_what_then_happens(section, pyramid, tmp_path, capsys):
     assert "CPU hours" in capsys.readouterr().out
 
 
+def test_the_plan_goes_on_over_slides_that_are_refused(section, pyramid, tmp_path, capsys):
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    pyramid(folder / "good.tif", section(700, 600), 0.5)
+    pyramid(folder / "unknown.tif", section(700, 600, seed=1), None)
+    lines = str(plan_tiles([folder], tile_size=64))
+    assert "would be refused: 1 of 2: unknown.tif: no resolution" in lines
+    (folder / "good.tif").rename(tmp_path / "good.tif")
+    for wrong, said in (
+        (["--workers", "-1"], "--workers -1 is out of range"),
+        (["--mpp-override", "0"], "--mpp-override 0.0 is out of range"),
+        (["--mpp", "nan"], "--mpp nan is out of range"),
+        (["--mpp", "0.5", "inf"], "--mpp 0.5 inf is out of range"),
+    ):
+        assert main(["tile", str(tmp_path / "good.tif"), "--plan", *wrong]) == USER_ERROR
+        assert said in capsys.readouterr().err
+
+
+def test_a_resolution_that_a_slide_does_not_have_is_said(slide, tmp_path):
+    made = tile_slides([slide], tmp_path / "out", mpp=[0.1, 0.5, 16], tile_size=64, workers=1)
+    assert "at 0.1, 0.5 and 16 µm/px" in made.lines[0]
+    assert [notice.split(" are ")[0] for notice in made.notices] == ["1 of 1 slides"] * 2
+    assert [" 0.1 " in made.notices[0], " 16 " in made.notices[1]] == [True, True]
+    assert {meta["mpp"] for meta in metas(tmp_path / "out")} == {0.5}
+
+
 def test_what_a_pseudonymized_set_holds_names_no_one(slide, tmp_path):
     (tmp_path / "t.csv").write_text("slide,patient,age\na.1,Jane Doe,61\n")
     key, out = tmp_path / "key", tmp_path / "out"

@@ -131,7 +131,7 @@ def test_index_of_another_kind(folder):
 def test_missing_and_unlisted_shards(folder):
     (folder / "tiles-000000.tar").rename(folder / "extra.tar")
     problems = problems_of(folder)
-    assert problems == ["tiles-000000.tar: missing", "extra.tar: not listed in dataset.json"]
+    assert problems == ["tiles-000000.tar: missing", "extra.tar: not listed in dataset.json; remove it"]
 
 
 def rewrite(folder: Path, name: str, change) -> None:
@@ -178,6 +178,8 @@ def test_slides_table_that_does_not_fit(folder):
     ]
     (folder / "slides.parquet").write_bytes(b"x")
     assert problems_of(folder)[0].startswith("slides.parquet: not readable")
+    (folder / "slides.parquet").unlink()
+    assert problems_of(folder) == ["slides.parquet: missing"]
 
 
 def test_a_stranger_in_the_tar(folder):
