@@ -8,8 +8,9 @@ BIN := .venv/bin
 demo: .venv/.installed
 	$(BIN)/eosin demo --out $(OUT)
 
+# Two processes of one thread each; a file's tests stay together, as they share what they made.
 test: .venv/.installed
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

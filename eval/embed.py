@@ -93,6 +93,8 @@ def embed(encoder: Encoder, shards: ShardSet, out: Path, batch_size: int = 64) -
     if not np.isfinite(features).all():
         raise UserError(f"'{encoder.name}' gives values that are not finite; its weights are broken")
     table = shards.table().iloc[kept].reset_index(drop=True)
+    for name in ("crc32", "size"):  # by which the same image under another name is known
+        table[name] = shards.column(name)[kept].astype(np.int64)
     # The list first: embeddings that are there count as done.
     refused_path(out).unlink(missing_ok=True)
     if refused:

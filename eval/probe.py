@@ -1,12 +1,11 @@
-"""Probes from files to results: grouped folds, one answer an encoder, metrics and comparisons.
+"""Probes from files to results: a split by groups, one answer an encoder, metrics and comparisons.
 
-A probe is fitted on all folds but one and scored on that one, so every sample is scored once by a probe that never
-saw its group. A number never stands alone: beside it stand its interval, chance, and the other encoders.
+A probe is fitted on one side of each fold and scored on the other, so every sample is scored by a probe that never saw
+its group. A number never stands alone: beside it stand its interval, chance, and the other encoders.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,18 +19,26 @@ from eosin.data_tools.errors import UserError
 from eosin.data_tools.files import atomic_path, read_json
 from eosin.data_tools.progress import progress
 from eosin.data_tools.results import write_results
-from eosin.eval import statistics
+from eosin.eval import metrics, scores, splits, statistics
 from eosin.eval.describe import PRIMARY, verdict
-from eosin.eval.splits import grouped_folds
-from eosin.eval.task import Task, load_task, pool_task
+from eosin.eval.splits import Split
+from eosin.eval.task import Task, column_of, identities, load_task, pool_task, same_in_bags
 
-# Below this many groups a percentile interval is too narrow to be taken at its word.
-FEW_GROUPS = 20
+SPLITS = ("kfold", "leave-one-group-out", "monte-carlo", "fixed")
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of the embeddings, the same for every probe; see :func:`~eosin.eval.task.load_task`."""
+    """What is asked of the embeddings, the same for every probe; see :func:`~eosin.eval.task.load_task`.
+
+    Attributes:
+        split: one of :data:`SPLITS`.
+        repeats: passes of a Monte Carlo split, each of which scores one in ``folds`` of the groups.
+        side: column that says train, val or test, of a fixed split.
+        by: columns for whose values the metrics are given apart.
+        cluster: column that names what the bootstrap draws as a whole; the group where there is none.
+        allow_leak: why a split with a patient, slide or image on both sides is to be scored all the same.
+    """
 
     embeddings: list[Path]
     label: str
@@ -41,6 +48,12 @@ class Question:
     key: str = "slide"
     folds: int = 5
     seed: int = 0
+    split: str = "kfold"
+    repeats: int = 10
+    side: str = "split"
+    by: tuple[str, ...] = ()
+    allow_leak: str | None = None
+    cluster: str | None = None
 
 
 @dataclass
@@ -50,7 +63,7 @@ class Answer:
     Attributes:
         encoder: the encoder's name.
         variant: what else tells rows apart (k, aggregator), empty where the encoder alone does.
-        probabilities: [N, C].
+        probabilities: [M, C], a row for each of :attr:`Split.rows <eosin.eval.splits.Split.rows>`.
         details: what was chosen on the way, such as C in each fold; goes into the results.
     """
 
@@ -73,18 +86,18 @@ def run_knn(question: Question, ks: Sequence[int] = (20,), device: str = "cpu") 
     """
     from eosin.ssl.metrics import TEMPERATURE, knn_probabilities
 
-    task, folds = _prepare(question)
-    smallest = len(folds) - int(np.bincount(folds).max())
+    task, split, leaks = _prepare(question)
+    smallest = min(int(learned.sum()) for learned, _ in split)
     if min(ks) < 1 or max(ks) > smallest:
         raise UserError(f"k = {', '.join(map(str, ks))} must lie between 1 and the {smallest} samples to vote")
     answers = []
     for encoder in task.encoders:
-        votes = np.empty((len(ks), len(folds), len(task.classes)), dtype=np.float32)
-        for scored in _scored(folds, f"knn, {encoder.name}"):
-            votes[:, scored] = knn_probabilities(
+        votes = np.empty((len(ks), len(split.rows), len(task.classes)), dtype=np.float32)
+        for rows, learned, scored in _folds(split, f"knn, {encoder.name}"):
+            votes[:, rows] = knn_probabilities(
                 encoder.features[scored],
-                encoder.features[~scored],
-                task.labels[~scored],
+                encoder.features[learned],
+                task.labels[learned],
                 len(task.classes),
                 ks,
                 device=device,
@@ -93,14 +106,51 @@ def run_knn(question: Question, ks: Sequence[int] = (20,), device: str = "cpu") 
             variant = f"k = {k}" if len(ks) > 1 else ""
             answers.append(Answer(encoder.name, variant, encoder.encoder, probabilities, {"k": k}))
     parameters = {"k": list(ks), "temperature": TEMPERATURE, "similarity": "cosine"}
-    return _conclude(question, task, folds, answers, "dinov2-knn", parameters, "tile")
+    return _conclude(question, task, split, leaks, answers, "dinov2-knn", parameters, "tile")
 
 
-def run_linear(question: Question) -> dict[str, Any]:
+def run_preset(question: Question, name: str, family: str, device: str = "cpu") -> dict[str, Any]:
+    """Probe by a protocol under the name that a paper gave it; see :mod:`eosin.eval.presets`. Write the results.
+
+    Raises UserError for a preset that is not of ``family``: "knn" or "logistic".
+    """
+    from eosin.eval.presets import PRESETS, preset, preset_probabilities
+
+    if (chosen := preset(name)).protocol != family:
+        valid = ", ".join(other for other, p in PRESETS.items() if p.protocol == family)
+        raise UserError(f"preset '{name}' is of another kind; valid here: {valid}")
+    task, split, leaks = _prepare(question)
+    smallest = min(int(learned.sum()) for learned, _ in split)
+    ks = chosen.parameters.get("k", ())
+    if ks and max(ks) > smallest:
+        raise UserError(f"preset '{name}' asks {max(ks)} neighbors of {smallest} samples; give --k instead")
+    answers = []
+    for encoder in task.encoders:
+        found = np.empty((max(len(ks), 1), len(split.rows), len(task.classes)))
+        made = []
+        for rows, learned, scored in _folds(split, f"{name}, {encoder.name}"):
+            found[:, rows], details = preset_probabilities(
+                name,
+                encoder.features[scored],
+                encoder.features[learned],
+                task.labels[learned],
+                len(task.classes),
+                device,
+            )
+            made.append(details)
+        for number, probabilities in enumerate(found):
+            variant = f"k = {ks[number]}" if len(ks) > 1 else ""
+            by_fold = {"by_fold": [details[number] for details in made]}
+            answers.append(Answer(encoder.name, variant, encoder.encoder, probabilities, by_fold))
+    parameters = {**chosen.parameters, "paper": chosen.paper}
+    return _conclude(question, task, split, leaks, answers, name, parameters, "tile")
+
+
+def run_linear(question: Question, device: str = "cpu") -> dict[str, Any]:
     """Probe by logistic regression; see :mod:`eosin.eval.linear`. Write and return the results."""
-    task, folds = _prepare(question)
-    answers = [_linear(question, task, folds, encoder, "", encoder.features) for encoder in task.encoders]
-    return _conclude(question, task, folds, answers, "linear", _linear_parameters(), "tile")
+    task, split, leaks = _prepare(question)
+    answers = [_linear(question, task, split, encoder, "", encoder.features, device) for encoder in task.encoders]
+    return _conclude(question, task, split, leaks, answers, "linear", _linear_parameters(), "tile")
 
 
 def run_mil(question: Question, bag: str = "slide", device: str = "cpu") -> dict[str, Any]:
@@ -115,34 +165,37 @@ def run_mil(question: Question, bag: str = "slide", device: str = "cpu") -> dict
 
     tiles = load_task(question.embeddings, question.label, question.group, question.labels, question.key)
     task, bags = pool_task(tiles, bag)
-    folds = _folds(question, task)
+    same_in_bags(tiles, bags, _columns(question))
+    split = _split(question, task)
+    leaks = _leaks(question, Split(split.kind, split.assigned[:, bags]), tiles)
     protocol = AttentionProtocol()
     answers, attentions = [], []
     for encoder in task.encoders:
-        pooled = mean_pool(encoder.features, bags, len(folds))
-        answers.append(_linear(question, task, folds, encoder, "mean", pooled))
-        probabilities = np.empty((protocol.repeats, len(folds), len(task.classes)), dtype=np.float32)
-        attention = np.empty(len(bags), dtype=np.float32)
-        for fold, scored in enumerate(_scored(folds, f"attention, {encoder.name}")):
-            probabilities[:, scored], attention[scored[bags]] = attention_probabilities(
-                encoder.features,
-                bags,
-                task.labels,
-                scored,
+        pooled = mean_pool(encoder.features, bags, len(task.labels))
+        answers.append(_linear(question, task, split, encoder, "mean", pooled, device))
+        probabilities = np.empty((protocol.repeats, len(split.rows), len(task.classes)), dtype=np.float32)
+        attention, times = np.zeros(len(bags)), np.zeros(len(bags), dtype=np.int64)
+        for fold, (rows, learned, scored) in enumerate(_folds(split, f"attention, {encoder.name}")):
+            used = learned | scored
+            tile = used[bags]
+            probabilities[:, rows], weights = attention_probabilities(
+                encoder.features[tile],
+                (np.cumsum(used) - 1)[bags[tile]],
+                task.labels[used],
+                scored[used],
                 len(task.classes),
                 hash32(question.seed, purpose("mil fold"), fold),
                 protocol,
                 device,
             )
-        spread = [float(_values(task, p, np.ones((1, len(task.group_names))))[PRIMARY][0]) for p in probabilities]
-        answers.append(
-            Answer(
-                encoder.name, "attention", encoder.encoder, probabilities.mean(axis=0), {f"{PRIMARY}_by_repeat": spread}
-            )
-        )
-        attentions.append(
-            pd.DataFrame({"encoder": encoder.name, "key": tiles.keys, "slide": task.keys[bags], "attention": attention})
-        )
+            attention[scored[bags]] += weights
+            times += scored[bags]
+        spread = [_primary(task, split, p) for p in probabilities]
+        details = {f"{PRIMARY}_by_repeat": spread}
+        answers.append(Answer(encoder.name, "attention", encoder.encoder, probabilities.mean(axis=0), details))
+        columns = {"encoder": encoder.name, "key": tiles.keys, "slide": task.keys[bags]}
+        columns["attention"] = (attention / np.maximum(times, 1)).astype(np.float32)
+        attentions.append(pd.DataFrame(columns)[times > 0])
     parameters = {
         "bag": bag,
         "mean": _linear_parameters(),
@@ -151,7 +204,7 @@ def run_mil(question: Question, bag: str = "slide", device: str = "cpu") -> dict
     }
     with atomic_path(attention_path(question.out)) as temporary:
         pd.concat(attentions).to_parquet(temporary, index=False)
-    return _conclude(question, task, folds, answers, "mil", parameters, bag)
+    return _conclude(question, task, split, leaks, answers, "mil", parameters, bag)
 
 
 def attention_path(path: Path) -> Path:
@@ -162,26 +215,55 @@ def attention_path(path: Path) -> Path:
     return path.with_suffix(".attention.parquet")
 
 
-def _prepare(question: Question) -> tuple[Task, np.ndarray]:
+def _prepare(question: Question) -> tuple[Task, Split, list[dict[str, Any]]]:
+    """The task, its split and what leaks through it; all refusals happen before the first fit."""
     task = load_task(question.embeddings, question.label, question.group, question.labels, question.key)
-    return task, _folds(question, task)
+    for column, option in _columns(question).items():
+        column_of(task, column, option)
+    split = _split(question, task)
+    return task, split, _leaks(question, split, task)
 
 
-def _folds(question: Question, task: Task) -> np.ndarray:
-    """The fold of each sample, [N]; all refusals happen before the first fit."""
+def _columns(question: Question) -> dict[str, str]:
+    """The columns that are asked for beside label and group -> the option that names them."""
+    side = {question.side: "--side"} if question.split == "fixed" else {}
+    return dict.fromkeys(question.by, "--by") | side | ({question.cluster: "--cluster"} if question.cluster else {})
+
+
+def _split(question: Question, task: Task) -> Split:
     if question.out.exists() and not _is_results(question.out):
         raise UserError(f"{question.out} exists and holds no results; give another --out")
     if len(task.classes) < 2:
         raise UserError(f"label '{question.label}' has one class only ('{task.classes[0]}'); a probe needs two or more")
-    names = np.array(task.classes)[task.labels], np.array(task.group_names)[task.groups]
-    return grouped_folds(*names, question.folds, question.seed)
+    labels, groups = np.array(task.classes)[task.labels], np.array(task.group_names)[task.groups]
+    if question.split == "kfold":
+        return splits.kfold(labels, groups, question.folds, question.seed)
+    if question.split == "leave-one-group-out":
+        return splits.leave_one_group_out(labels, groups)
+    if question.split == "monte-carlo":
+        return splits.monte_carlo(labels, groups, question.folds, question.repeats, question.seed)
+    return splits.fixed(column_of(task, question.side, "--side"), labels, question.side)
 
 
-def _scored(folds: np.ndarray, desc: str) -> Iterator[np.ndarray]:
-    """The scored side of each fold in turn, [N] bool, with progress."""
-    count = int(folds.max()) + 1
-    for fold in progress(range(count), total=count, desc=desc, unit="folds"):
-        yield folds == fold
+def _leaks(question: Question, split: Split, task: Task) -> list[dict[str, Any]]:
+    """What stands on both sides; refused unless a reason to allow it was given."""
+    if question.allow_leak is not None and not question.allow_leak.strip():
+        raise UserError("--allow-leak needs a reason, which the results will carry")
+    found = splits.find_leaks(split, identities(task, question.group))
+    if found and not question.allow_leak:
+        said = " and ".join(f"{leak['count']} of '{leak['what']}', such as '{leak['example']}'," for leak in found)
+        raise UserError(
+            f"{said} would stand on both sides of a split, so that scores measure recognition; group by what they "
+            "share, or give --allow-leak 'REASON', which the results will carry"
+        )
+    return found
+
+
+def _folds(split: Split, desc: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The rows that each fold answers, [M] bool, and its sides, learned from and scored, [N] bool; with progress."""
+    folds = split.folds
+    for fold, (learned, scored) in enumerate(progress(split, total=len(split), desc=desc, unit="folds")):
+        yield folds == fold, learned, scored
 
 
 def _is_results(path: Path) -> bool:
@@ -194,23 +276,25 @@ def _is_results(path: Path) -> bool:
 def _linear(
     question: Question,
     task: Task,
-    folds: np.ndarray,
+    split: Split,
     encoder: Embeddings,
     variant: str,
     features: np.ndarray,
+    device: str,
 ) -> Answer:
     from eosin.eval.linear import linear_probabilities
 
-    probabilities = np.empty((len(folds), len(task.classes)))
+    probabilities = np.empty((len(split.rows), len(task.classes)))
     chosen: list[float] = []
-    for scored in _scored(folds, f"linear, {encoder.name}"):
-        probabilities[scored], strength = linear_probabilities(
+    for rows, learned, scored in _folds(split, f"linear, {encoder.name}"):
+        probabilities[rows], strength = linear_probabilities(
             features[scored],
-            features[~scored],
-            task.labels[~scored],
-            task.groups[~scored],
+            features[learned],
+            task.labels[learned],
+            task.groups[learned],
             len(task.classes),
             hash32(question.seed, purpose("linear fold"), len(chosen)),
+            device=device,
         )
         chosen.append(strength)
     return Answer(encoder.name, variant, encoder.encoder, probabilities, {"C": chosen})
@@ -230,87 +314,96 @@ def _linear_parameters() -> dict[str, Any]:
 def _conclude(
     question: Question,
     task: Task,
-    folds: np.ndarray,
+    split: Split,
+    leaks: list[dict[str, Any]],
     answers: list[Answer],
     protocol: str,
     parameters: dict[str, Any],
     unit: str,
 ) -> dict[str, Any]:
     """Score the answers, compare them pairwise, and write results and predictions."""
-    weights = statistics.bootstrap_weights(len(task.group_names), statistics.DRAWS, question.seed)
-    values = [_values(task, a.probabilities, weights) for a in answers]
-    comparisons = [
-        {"a": a.name, "b": b.name, "metric": metric} | statistics.difference(va[metric], vb[metric])
-        for (a, va), (b, vb) in itertools.combinations(zip(answers, values), 2)
-        # Only pairs that differ in one thing say what made the difference.
-        if (a.variant == b.variant) != (a.encoder == b.encoder)
-        for metric in statistics.METRICS
-    ]
-    encoders = [
-        {
-            "name": a.name,
-            "encoder": a.encoder,
-            "variant": a.variant,
-            "fingerprint": a.fingerprint,
-            "metrics": {metric: statistics.interval(v[metric]) for metric in statistics.METRICS},
-            "details": a.details,
-        }
-        for a, v in zip(answers, values)
-    ]
+    rows, once = split.rows, np.unique(split.rows)
+    labels, clusters = task.labels[rows], task.groups[rows]
+    if question.cluster:
+        clusters = column_of(task, question.cluster, "--cluster")[rows]
+        if (clusters == "").any():
+            raise UserError(f"{(clusters == '').sum()} samples have no '{question.cluster}'; give another --cluster")
+    samples = scores.Samples.of(labels, clusters, split.passes, task.classes, task.ordered, question.seed)
+    numbers, comparisons = scores.score(samples, answers)
+    subgroups = {
+        column: scores.by_subgroup(samples, answers, rows, column_of(task, column, "--by")[rows], question.seed)
+        for column in question.by
+    }
+    described = split.describe(task.labels, task.groups, task.classes)
+    chance = statistics.chance(task.labels[once], len(task.classes))
     results = {
         "protocol": protocol,
         "parameters": parameters
-        | {
-            "folds": question.folds,
-            "seed": question.seed,
-            "bootstrap_draws": statistics.DRAWS,
-            "level": statistics.LEVEL,
-        },
+        | ({"folds": question.folds} if question.split in ("kfold", "monte-carlo") else {})
+        | {"seed": question.seed, "bootstrap_draws": statistics.DRAWS, "level": statistics.LEVEL},
         "label": question.label,
         "group": question.group,
         "unit": unit,
-        "n": len(folds),
-        "groups": len(task.group_names),
+        "n": len(once),
+        "groups": len(np.unique(task.groups[once])),
+        "cluster": question.cluster or question.group,
+        "clusters": samples.weights.shape[1],
         "classes": task.classes,
-        "class_counts": np.bincount(task.labels, minlength=len(task.classes)).tolist(),
+        "class_counts": np.bincount(task.labels[once], minlength=len(task.classes)).tolist(),
         "left_out": task.left_out,
-        "chance": statistics.chance(task.labels, len(task.classes)),
-        "encoders": encoders,
+        "split": described,
+        "leaks": {"found": leaks, "reason": question.allow_leak.strip() if leaks and question.allow_leak else None},
+        "chance": {metric: chance[metric] for metric in samples.metrics},
+        "encoders": [
+            {"name": a.name, "encoder": a.encoder, "variant": a.variant, "fingerprint": a.fingerprint}
+            | found
+            | {"details": a.details}
+            for a, found in zip(answers, numbers)
+        ],
         "comparisons": comparisons,
+        "by": subgroups,
     }
     results["verdict"] = verdict(results)
-    results["notes"] = _notes(task)
-    write_results(question.out, results, _predictions(task, folds, answers))
+    results["notes"] = [*_leak_notes(results["leaks"]), *scores.notes(samples, described, subgroups), *_alone(task)]
+    write_results(question.out, results, _predictions(task, split, answers))
     return results
 
 
-def _values(task: Task, probabilities: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
-    return statistics.evaluate(task.labels, probabilities, task.groups, weights)
+def _primary(task: Task, split: Split, probabilities: np.ndarray) -> float:
+    """The primary metric over all answers."""
+    groups = np.zeros(len(split.rows), dtype=np.int64)
+    return float(metrics.evaluate(task.labels[split.rows], probabilities, groups, np.ones((1, 1)))[PRIMARY][0])
 
 
-def _predictions(task: Task, folds: np.ndarray, answers: list[Answer]) -> Any:
+def _predictions(task: Task, split: Split, answers: list[Answer]) -> Any:
     import pandas as pd
 
     classes, groups = np.array(task.classes, dtype=object), np.array(task.group_names, dtype=object)
+    rows, folds = split.rows, split.folds
     frames = []
     for answer in answers:
         known = {
             "encoder": answer.name,
-            "key": task.keys,
-            "group": groups[task.groups],
+            "key": task.keys[rows],
+            "group": groups[task.groups[rows]],
             "fold": folds,
-            "label": classes[task.labels],
+            "label": classes[task.labels[rows]],
             "predicted": classes[answer.probabilities.argmax(axis=1)],
         }
-        scores = {f"probability_{c}": answer.probabilities[:, i] for i, c in enumerate(task.classes)}
-        frames.append(pd.DataFrame(known | scores))
+        shares = {f"probability_{c}": answer.probabilities[:, i] for i, c in enumerate(task.classes)}
+        frames.append(pd.DataFrame(known | shares))
     return pd.concat(frames, ignore_index=True)
 
 
-def _notes(task: Task) -> list[str]:
-    notes = []
-    if len(task.group_names) < FEW_GROUPS:
-        notes.append(f"Only {len(task.group_names)} groups: intervals from so few are too narrow.")
-    if len(task.encoders) == 1:
-        notes.append("A number alone says little: embed 'color' and 'random:RUN' too and give all files at once.")
-    return notes
+def _leak_notes(leaks: dict[str, Any]) -> list[str]:
+    return [
+        f"Leak allowed: {leak['count']} of '{leak['what']}' stand on both sides of a split and touch {leak['samples']} "
+        f"scored samples; these numbers measure recognition too. Reason given: {leaks['reason']}"
+        for leak in leaks["found"]
+    ]
+
+
+def _alone(task: Task) -> list[str]:
+    if len(task.encoders) > 1:
+        return []
+    return ["A number alone says little: embed 'color' and 'random:RUN' too and give all files at once."]

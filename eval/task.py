@@ -32,7 +32,7 @@ class Task:
         table: N rows: everything the embeddings hold, and what a labels CSV added.
         keys: [N], the samples' names.
         labels: [N], class numbers.
-        classes: names of the classes, sorted.
+        classes: names of the classes, sorted: as numbers where all are numbers.
         groups: [N], group numbers.
         group_names: names of the groups, sorted.
         left_out: reason -> number of samples.
@@ -46,6 +46,11 @@ class Task:
     groups: np.ndarray
     group_names: list[str]
     left_out: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def ordered(self) -> bool:
+        """Whether the classes are numbers, such as grades, so that an error by two is worse than one by one."""
+        return _numbers(self.classes) is not None
 
 
 def load_task(
@@ -82,6 +87,10 @@ def load_task(
         raise UserError(f"no {unit} has both a label in '{label}' and a group in '{group}'; nothing is left to score")
     reasons = {f"no label in '{label}'": unlabeled, f"no group in '{group}'": ungrouped & ~unlabeled}
     classes, codes = np.unique(texts[kept], return_inverse=True)
+    numbers = _numbers(list(classes))
+    if numbers is not None:
+        order = np.argsort(numbers, kind="stable")
+        classes, codes = classes[order], np.argsort(order)[codes]
     group_names, groups = np.unique(group_texts[kept], return_inverse=True)
     rows = np.flatnonzero(kept)
     if len(rows) < len(table):
@@ -134,6 +143,41 @@ def pool_task(task: Task, bag: str) -> tuple[Task, np.ndarray]:
     return pooled, bags.astype(np.int64)
 
 
+def identities(task: Task, group: str) -> dict[str, np.ndarray]:
+    """What must not stand on both sides of a split -> [N], text: groups, patients, slides, and tiles of the same bytes.
+
+    Only what the table tells: patients and slides where it has the columns, bytes where it has crc32 and size.
+    """
+    found = {group: np.array(task.group_names)[task.groups]}
+    found |= {c: text(task.table[c]) for c in ("patient", "slide") if c in task.table.columns and c != group}
+    if {"crc32", "size"} <= set(task.table.columns):
+        crc32, size = text(task.table["crc32"]), text(task.table["size"])
+        both = np.char.add(np.char.add(crc32, "-"), size)
+        found["image"] = np.where((crc32 == "") | (size == ""), "", both)
+    return found
+
+
+def column_of(task: Task, column: str, option: str) -> np.ndarray:
+    """A column of the task as text, [N]. Raises UserError when there is none."""
+    if column not in task.table.columns:
+        known = list(map(str, task.table.columns))
+        raise UserError(f"the embeddings have no column '{column}' for {option}; {nearest(column, known)}")
+    return text(task.table[column])
+
+
+def same_in_bags(tiles: Task, bags: np.ndarray, columns: dict[str, str]) -> None:
+    """Refuse columns (name -> option) of which a bag holds two values, since a bag has one."""
+    _, first = np.unique(bags, return_index=True)
+    for column, option in columns.items():
+        values = column_of(tiles, column, option)
+        odd = np.flatnonzero(values != values[first][bags])
+        if len(odd):
+            mine, other = values[odd[0]], values[first][bags[odd[0]]]
+            raise UserError(
+                f"a bag holds tiles of two '{column}', '{other}' and '{mine}'; give another --bag or {option}"
+            )
+
+
 def text(column: pd.Series) -> np.ndarray:
     """A column as strings, [N]; what is missing becomes empty, and 1.0 becomes 1."""
     if column.dtype.kind == "f":
@@ -143,6 +187,15 @@ def text(column: pd.Series) -> np.ndarray:
     else:
         texts = ["" if v is None or v != v else str(v).strip() for v in column]
     return np.array(texts, dtype=object).astype(str)
+
+
+def _numbers(names: list[str]) -> np.ndarray | None:
+    """Names as finite numbers, None where one of them is none."""
+    try:
+        numbers = np.array([float(name) for name in names])
+    except ValueError:
+        return None
+    return numbers if np.isfinite(numbers).all() else None
 
 
 def _read(path: Path) -> Embeddings:

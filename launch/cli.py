@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from eosin.data_tools.errors import USER_ERROR, UserError, nearest
+from eosin.launch.ranks import first_to_say
 
 # The table of contents: verb -> (module with add_arguments and main, what it does). Order is the user's path.
 VERBS = {
@@ -114,7 +115,8 @@ def _contents() -> str:
 
 
 def _say(line: str) -> int:
-    print(f"eosin: {' '.join(line.split())}", file=sys.stderr)
+    if first_to_say():
+        print(f"eosin: {' '.join(line.split())}", file=sys.stderr)
     return USER_ERROR
 
 

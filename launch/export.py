@@ -34,6 +34,7 @@ def export(run: Path, out: Path, *, results: list[Path], name: str) -> None:
     import torch
     from timm.models import save_for_hf
 
+    from eosin.eval.report import history
     from eosin.ssl import checkpoint
     from eosin.ssl.backbone import build_backbone
     from eosin.ssl.config import read_run_config
@@ -66,6 +67,9 @@ def export(run: Path, out: Path, *, results: list[Path], name: str) -> None:
             "features": backbone.num_features,
             "preprocessing": preprocessing,
             "data": _data(config.data.shards),
+            "held_out": history.held_out(config),
+            "way": history.way(config, checkpoint.describe(newest).get("how", {})),
+            "trouble": history.trouble(run, history.records(run), step),
             "results": found,
             "torch": torch.__version__,
         }

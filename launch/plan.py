@@ -48,8 +48,12 @@ def show(
 
     config = load_config(recipe, [*UNSET, *overrides])
     gpus = gpus or 1
-    if config.data.batch % gpus:
-        raise UserError(f"--gpus {gpus} does not divide data.batch {config.data.batch}; {_divisors(config, gpus)}")
+    parts = gpus * config.optim.accumulate
+    if config.data.batch % parts:
+        times = f" times optim.accumulate={config.optim.accumulate}" if parts > gpus else ""
+        raise UserError(
+            f"--gpus {gpus}{times} does not divide data.batch {config.data.batch}; {_divisors(config, gpus)}"
+        )
     plan = Plan(config)
     title = f"{Path(recipe).stem}: {config.run.steps:,} steps of {config.data.batch:,} images"
     print("\n".join(lines(plan, title, gpus, tflops, price, table=out is None)))
@@ -70,8 +74,11 @@ def _refuse(out: Path | None, gpus: int | None, tflops: float | None, price: flo
 
 
 def _divisors(config: Config, gpus: int) -> str:
-    batch = config.data.batch
-    divisors = [n for n in range(1, batch + 1) if batch % n == 0]
+    batch, parts = config.data.batch, config.optim.accumulate
+    divisors = [n for n in range(1, batch // parts + 1) if batch % (n * parts) == 0]
+    if not divisors:
+        whole = gpus * parts
+        return f"the nearest data.batch that {whole} divides: {max(round(batch / whole), 1) * whole}"
     below, above = [n for n in divisors if n < gpus][-1:], [n for n in divisors if n > gpus][:1]
     return f"the nearest that do: {', '.join(map(str, below + above))}"
 
@@ -115,6 +122,7 @@ def _crops(shape: Shape, phase: Phase) -> str:
 
 
 def _flops(plan: Plan) -> Iterator[str]:
+    from eosin.ssl.memory import recomputed
     from eosin.ssl.plan import backward, crop_forward, fvcore_table, student_forward, teacher_forward
 
     phase, rate = plan.phases[0], plan.config.model.drop_path
@@ -128,6 +136,8 @@ def _flops(plan: Plan) -> Iterator[str]:
         yield _row("a step, as executed", plan.step(phase))
     for later in plan.phases[1:]:
         yield _row("last steps, as executed", plan.step(later))
+    if plan.config.run.checkpoint_activations == "blocks":
+        yield _row("blocks, computed again", recomputed(plan, plan.phases[-1]))
     if rate:
         yield f"  Drop path {rate:g}: what a crop's branches drop is not computed."
     counted, side = fvcore_table(plan.config), plan.config.crops.global_size
@@ -143,33 +153,45 @@ def _row(name: str, flops: Flops) -> str:
 
 
 def _memory(plan: Plan, gpus: int) -> Iterator[str]:
-    memory, images = plan.memory(gpus), plan.config.data.batch // gpus
-    unit, name = (GIB, "GiB") if memory.exact >= GIB else (MIB, "MiB")
+    from eosin.ssl.memory import held
+
+    run, images = plan.config.run, plan.config.data.batch // gpus
+    of_each = held(plan, gpus)
+    memory, parts = of_each.memory, of_each.parts
+    unit, name = (GIB, "GiB") if of_each.exact >= GIB else (MIB, "MiB")
     exact = {"student": memory.student, "teacher": memory.teacher, "gradients": memory.gradients}
-    exact |= {"AdamW": memory.moments} | ({"DDP's buckets": memory.buckets} if memory.buckets else {})
-    named = " + ".join(f"{part} {_digits(n / unit)}" for part, n in exact.items())
-    total = memory.total(images)
-    fixed, image, kept, whole = (_digits(n / unit) for n in (memory.fixed, memory.image, total - memory.exact, total))
-    precision = "bf16" if plan.bf16 else "fp32"
-    size = f", at {memory.side} px" if len(plan.phases) > 1 else ""
-    cards = f"{'each of ' * (gpus > 1)}{_gpus(gpus)}"
-    yield f"memory      of {cards} with {images:,} images{size}, {precision}, no checkpointing"
-    yield f"  exact     {named} = {_digits(memory.exact / unit)} {name}"
-    yield f"  estimate  activations {fixed} + {images:,} x {image} = {kept} {name}; in all {whole} {name}"
-    room = ", ".join(f"{memory.room(card * GIB):,} in {card} GiB" for card in CARDS)
+    exact |= {"AdamW": memory.moments, "DDP's buckets": memory.buckets, "sums": of_each.summed}
+    named = " + ".join(f"{part} {_digits(n / unit)}" for part, n in exact.items() if n)
+    kept = of_each.kept(images)
+    image, every, whole = (_digits(n / unit) for n in (memory.image, kept, of_each.exact + kept))
+    fixed = _digits((memory.fixed + of_each.gathered) / unit)
+    now = images // parts
+    waiting = f" + {images - now:,} x {_digits(of_each.waiting / unit)} waiting" if parts > 1 else ""
+    how = [f"{images:,} images" + (f" in {parts} parts" if parts > 1 else "")]
+    how[0] += f" at {memory.side} px" if len(plan.phases) > 1 else ""
+    how += ["bf16" if plan.bf16 else "fp32"]
+    how += ["sharded by FSDP2" if run.strategy == "fsdp" else "DDP"] if gpus > 1 else []
+    how += ["blocks computed again" if run.checkpoint_activations == "blocks" else "no checkpointing"]
+    yield f"memory      of {'each of ' * (gpus > 1)}{_gpus(gpus)} with {', '.join(how)}"
+    yield f"  exact     {named} = {_digits(of_each.exact / unit)} {name}"
+    yield f"  estimate  activations {fixed} + {now:,} x {image}{waiting} = {every} {name}; in all {whole} {name}"
+    room = ", ".join(f"{of_each.room(card * GIB):,} in {card} GiB" for card in CARDS)
     yield f"            images that would fit: {room}"
 
 
 def _time(plan: Plan, gpus: int, tflops: float | None, price: float | None) -> Iterator[str]:
+    from eosin.ssl.memory import executed
     from eosin.ssl.plan import days
 
+    flops = executed(plan)
     ask = "" if tflops else "; give --tflops, what a GPU achieves, for time and cost"
-    yield f"time        {plan.images:,} images, {_flop(plan.flops)} in all{ask}"
+    again = f", {100 * (1 - plan.flops / flops):.0f} % of them again" if flops > plan.flops else ""
+    yield f"time        {plan.images:,} images, {_flop(flops)} in all{again}{ask}"
     columns = ["TFLOP/s a GPU", "images/s a GPU", f"days on {_gpus(gpus)}", "GPU hours"]
     columns += [f"cost at {price:g} an hour"] if price is not None else []
     yield "  " + "   ".join(columns)
     for speed in (tflops,) if tflops else SPEEDS:
-        length = days(plan.flops, speed, gpus)
+        length = days(flops, speed, gpus)
         hours = length * 24 * gpus
         values = [f"{speed:g}", *map(_digits, (plan.images / (hours * 3600), length, hours, hours * (price or 0)))]
         yield "  " + "   ".join(f"{value:>{len(column)}}" for value, column in zip(values, columns))

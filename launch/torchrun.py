@@ -14,7 +14,7 @@ import sys
 import tempfile
 from types import FrameType
 
-from eosin.launch.ranks import ORDERLY, Rank, joint_code
+from eosin.launch.ranks import ORDERLY, TOGETHER, Rank, joint_code
 
 
 def torchrun(rank: Rank, nproc: int, nnodes: int = 1, node_rank: int = 0, rendezvous: str = "") -> int:
@@ -39,7 +39,8 @@ def torchrun(rank: Rank, nproc: int, nnodes: int = 1, node_rank: int = 0, rendez
     for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(signum, _tell_ranks)
     one_machine = nnodes == 1
-    with tempfile.TemporaryDirectory(prefix="eosin-torchrun-") as folder:
+    with tempfile.TemporaryDirectory(prefix="eosin-torchrun-") as folder, tempfile.TemporaryDirectory() as together:
+        os.environ[TOGETHER] = together
         config = LaunchConfig(
             min_nodes=nnodes,
             max_nodes=nnodes,

@@ -2,11 +2,11 @@
 
 A packed pass concatenates the tokens of all crops for everything that works token by token (norms, linear layers) and
 splits them by crop size for attention only. Drop path takes the crops it drops out of a branch, which saves their work.
+The last block finishes only the tokens that are wanted: after its attention, no token learns from another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -35,6 +35,22 @@ class Kept(NamedTuple):
     groups: Groups
     tokens: torch.Tensor | None
     scale: float
+
+
+class Wanted(NamedTuple):
+    """The tokens that the last block finishes, W of them, and what its branches do for them.
+
+    Attributes:
+        tokens: [W] int64, where they are among all.
+        rows: [R] int64, where those whose crops attention keeps are among the tokens that it works on.
+        attended, mapped: [R], [R'] int64, where those whose crops attention or the MLP keeps are among the W; None for
+            all of them.
+    """
+
+    tokens: torch.Tensor
+    rows: torch.Tensor
+    attended: torch.Tensor | None
+    mapped: torch.Tensor | None
 
 
 def keep_all(groups: Groups, blocks: int) -> list[tuple[Kept, Kept]]:
@@ -72,6 +88,19 @@ def drop_path(groups: Groups, keys: torch.Tensor, rate: float, blocks: int) -> l
     return list(zip(branches[::2], branches[1::2]))
 
 
+def finish(tokens: torch.Tensor, kept: tuple[Kept, Kept]) -> Wanted:
+    """What the last block, whose branches work on the crops ``kept``, does for no more than ``tokens``, [W] int64."""
+
+    def among(all_kept: torch.Tensor | None) -> torch.Tensor | None:
+        return None if all_kept is None else torch.isin(tokens, all_kept).nonzero().squeeze(1)
+
+    reads, maps = (branch.tokens for branch in kept)
+    attended = among(reads)
+    # Kept tokens are in ascending order.
+    rows = tokens if reads is None else torch.searchsorted(reads, tokens[attended])
+    return Wanted(tokens, rows, attended, among(maps))
+
+
 class PackedBlock(Block):
     """timm's transformer block; with ``kept``, its input [1, T, D] holds the tokens of many crops."""
 
@@ -85,26 +114,38 @@ class PackedBlock(Block):
         attn_mask: torch.Tensor | None = None,
         is_causal: bool = False,
         kept: tuple[Kept, Kept] | None = None,
+        wanted: Wanted | None = None,
     ) -> torch.Tensor:
-        """Plain timm without ``kept``; with it, a packed pass whose two branches work on the crops kept."""
+        """Plain timm without ``kept``; with it, a packed pass whose two branches work on the crops kept.
+
+        With ``wanted``, the result is of those tokens only, [1, W, D].
+        """
         if kept is None:
             return super().forward(x, attn_mask, is_causal)
-        x = _residual(x, kept[0], lambda part, groups: self.ls1(self._attend(self.norm1(part), groups)))
-        return _residual(x, kept[1], lambda part, _: self.ls2(self.mlp(self.norm2(part))))
+        attn: Any = self.attn
+        first, second = kept
+        reads, maps = first.tokens, second.tokens
+        change = self._attend(self.norm1(_some(x, reads)), first.groups)
+        if wanted is not None:
+            x, change = _some(x, wanted.tokens), _some(change, wanted.rows)
+            reads, maps = wanted.attended, wanted.mapped
+        x = _plus(x, reads, self.ls1(attn.proj(attn.norm(change))), first.scale)
+        return _plus(x, maps, self.ls2(self.mlp(self.norm2(_some(x, maps)))), second.scale)
 
     def _attend(self, x: torch.Tensor, groups: Groups) -> torch.Tensor:
         attn: Any = self.attn
         q, k, v = attn.qkv(x[0]).view(-1, 3, attn.num_heads, attn.head_dim).unbind(1)  # [T, H, C]
-        out = self.attend(attn.q_norm(q), attn.k_norm(k), v, groups)
-        return attn.proj(attn.norm(out.flatten(1))).unsqueeze(0)
+        return self.attend(attn.q_norm(q), attn.k_norm(k), v, groups).flatten(1).unsqueeze(0)
 
 
-def _residual(x: torch.Tensor, kept: Kept, branch: Callable[[torch.Tensor, Groups], torch.Tensor]) -> torch.Tensor:
-    """``x`` [1, T, D] plus the branch of the tokens kept."""
-    if kept.tokens is None:
-        return x + branch(x, kept.groups)
-    change = branch(x.index_select(1, kept.tokens), kept.groups)
-    return x.index_add(1, kept.tokens, change.to(x.dtype), alpha=kept.scale)
+def _some(x: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
+    """Some tokens of ``x``, [1, T, D], or all."""
+    return x if tokens is None else x.index_select(1, tokens)
+
+
+def _plus(x: torch.Tensor, tokens: torch.Tensor | None, change: torch.Tensor, scale: float) -> torch.Tensor:
+    """``x``, [1, T, D], plus the change of some of its tokens, or of all."""
+    return x + change if tokens is None else x.index_add(1, tokens, change.to(x.dtype), alpha=scale)
 
 
 def model_arguments(model: Model) -> dict[str, Any]:
@@ -151,20 +192,22 @@ def embed(
 
 
 def packed_features(
-    backbone: VisionTransformer, groups: list[torch.Tensor], keys: torch.Tensor, rate: float
-) -> list[torch.Tensor]:
+    backbone: VisionTransformer, groups: list[torch.Tensor], keys: torch.Tensor, rate: float, wanted: torch.Tensor
+) -> torch.Tensor:
     """Run embedded tokens of several crop sizes through all blocks in one packed pass.
 
     Args:
-        groups: [n_i, t_i, D] for each crop size.
+        groups: [n_i, t_i, D] for each crop size; their tokens, T in all, are numbered in this order.
         keys: [sum of n_i] int64.
+        wanted: [W] int64 in [0, T), each once: the tokens to return.
 
     Returns:
-        Normalized tokens, in the shapes of ``groups``.
+        Normalized tokens, [W, D].
     """
     sizes = [(len(g), g.shape[1]) for g in groups]
     x = torch.cat([g.flatten(0, 1) for g in groups]).unsqueeze(0)  # [1, T, D]
-    for block, kept in zip(backbone.blocks, drop_path(sizes, keys, rate, len(backbone.blocks))):
+    *before, last = drop_path(sizes, keys, rate, len(backbone.blocks))
+    finished = finish(wanted, last)  # before the blocks, since a GPU is waited for
+    for block, kept in zip(backbone.blocks, before):
         x = block(x, kept=kept)
-    x = backbone.norm(x)[0]
-    return [part.view(n, t, -1) for part, (n, t) in zip(x.split([n * t for n, t in sizes]), sizes)]
+    return backbone.norm(backbone.blocks[-1](x, kept=last, wanted=finished))[0]

@@ -57,7 +57,8 @@ def step_of(folder: Path) -> int:
 def describe(folder: Path) -> dict[str, Any]:
     """What ``checkpoint.json`` of a checkpoint says. Raises UserError when it is broken.
 
-    ``step``, ``facts``, ``torch`` (version), ``rewinds`` (how many the run had then), ``files`` (SHA-256 by name).
+    ``step``, ``facts``, ``torch`` (version), ``rewinds`` (how many the run had then), ``files`` (SHA-256 by name), and
+    ``how`` (see :func:`eosin.ssl.parallel.described`; absent in those of older versions).
     """
     about = read_json(folder / ABOUT, "the description of a checkpoint")
     if about.get("schema") != SCHEMA or not {"step", "facts", "rewinds", "files"} <= set(about):
@@ -95,12 +96,19 @@ class Saver:
     """
 
     def __init__(
-        self, run: Path, facts: dict[str, Any], rewinds: int, *, keep: int, keep_every: int | None = None
+        self,
+        run: Path,
+        facts: dict[str, Any],
+        rewinds: int,
+        how: dict[str, Any],
+        *,
+        keep: int,
+        keep_every: int | None = None,
     ) -> None:
-        """``facts`` is plain data, compared on resuming. Of the checkpoints before the newest ``keep``, those at
-        multiples of ``keep_every`` stay."""
+        """``facts`` is plain data, compared on resuming, ``how`` plain data for readers. Of the checkpoints before the
+        newest ``keep``, those at multiples of ``keep_every`` stay."""
         self.folder = run / "checkpoints"
-        self.about = {"schema": SCHEMA, "torch": torch.__version__, "rewinds": rewinds, "facts": facts}
+        self.about = {"schema": SCHEMA, "torch": torch.__version__, "rewinds": rewinds, "facts": facts, "how": how}
         self.keep, self.keep_every = keep, keep_every
         # Collectives of a group must have one order on all processes: those of a thread need a group of their own.
         self.group: Any = torch.distributed.new_group(backend="gloo") if distributed.ranks() > 1 else None
@@ -204,7 +212,8 @@ def resume(
     Every process calls this. Without a checkpoint nothing is loaded, and 0 steps are done.
 
     Raises:
-        UserError: there is none at ``at``, it was made from other data, is damaged or is of another schema.
+        UserError: there is none at ``at``, it was made from other data or by another network, is damaged or is of
+            another schema.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import set_state_dict
@@ -223,6 +232,7 @@ def resume(
     _check_files(folder, about["files"])
     state = _state(model, optimizer)
     try:
+        _refuse_other_network(folder, state["model"])
         dcp.load(state, checkpoint_id=folder, no_dist=distributed.ranks() == 1)
     except (RuntimeError, ValueError, OSError, EOFError, dcp.api.CheckpointException) as error:
         raise UserError(
@@ -231,6 +241,25 @@ def resume(
         ) from None
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return int(about["step"])
+
+
+def _refuse_other_network(folder: Path, model: dict[str, torch.Tensor]) -> None:
+    """Raise UserError where a checkpoint's tensors are not those of ``model``: torch lets what it has too much lie."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    there = {
+        name.removeprefix("model."): tuple(found.size)
+        for name, found in FileSystemReader(folder).read_metadata().state_dict_metadata.items()
+        if name.startswith("model.") and hasattr(found, "size")
+    }
+    here = {name: tuple(value.shape) for name, value in model.items()}
+    for name in sorted(there.keys() | here.keys()):
+        if there.get(name) != here.get(name):
+            said = [f"{list(shape)}" if (shape := names.get(name)) is not None else "none" for names in (there, here)]
+            raise UserError(
+                f"{folder} is of another network: its {name} is {said[0]}, that of the settings is {said[1]}; give the "
+                "settings it was trained with, or a new run.dir"
+            )
 
 
 def _check_files(folder: Path, files: dict[str, str]) -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from eosin.ssl import distributed
+from eosin.ssl.attention import borders
 from eosin.ssl.backbone import build_backbone, embed, packed_features
 from eosin.ssl.config import Config
 from eosin.ssl.losses.dino import dino_loss
@@ -51,11 +52,13 @@ class Output(NamedTuple):
         cls_scores: [V, B, K] of the class tokens, global crops first.
         patch_scores: [M, K] of the masked patches of global crops.
         cls: [V, B, D] class tokens before the head.
+        tokens: [T, D], all of every crop in turn, normalized; None where they were not asked for.
     """
 
     cls_scores: torch.Tensor
     patch_scores: torch.Tensor
     cls: torch.Tensor
+    tokens: torch.Tensor | None
 
 
 class Network(nn.Module):
@@ -76,7 +79,14 @@ class Network(nn.Module):
         )
 
     def forward(
-        self, crops: list[torch.Tensor], masks: torch.Tensor, keys: torch.Tensor, *, hide: bool, rate: float
+        self,
+        crops: list[torch.Tensor],
+        masks: torch.Tensor,
+        keys: torch.Tensor,
+        *,
+        hide: bool,
+        rate: float,
+        all_tokens: bool = False,
     ) -> Output:
         """Run crops of several sizes.
 
@@ -86,6 +96,7 @@ class Network(nn.Module):
             keys: [B] int64, the samples' places in the stream.
             hide: replace masked patches by the mask token (the student) or only look at them (the teacher).
             rate: drop path rate.
+            all_tokens: return all tokens too, which costs the last block's work on those that no head sees.
         """
         crops = [c for c in crops if len(c)]
         tokens = [
@@ -94,14 +105,21 @@ class Network(nn.Module):
         ]
         views = torch.arange(sum(len(c) for c in crops), device=keys.device)
         crop_keys = (keys + (views.unsqueeze(1) << 40)).flatten()  # positions stay below 2^40
-        features = packed_features(self.backbone, tokens, crop_keys, rate)
-        batch = crops[0].shape[1]
-        cls = torch.cat([f[:, 0] for f in features])  # [V·B, D]
-        patches = features[0][:, self.backbone.num_prefix_tokens :][masks]  # [M, D]
+        classes = borders([(len(t), t.shape[1]) for t in tokens], keys.device)[:-1].long()  # [V·B], places among tokens
+        prefix, batch = self.backbone.num_prefix_tokens, crops[0].shape[1]
+        patches = classes[: len(masks), None] + torch.arange(prefix, tokens[0].shape[1], device=keys.device)  # [G·B, P]
+        wanted = torch.cat([classes, patches[masks]])
+        count = sum(t.shape[:2].numel() for t in tokens)
+        asked = torch.arange(count, device=keys.device) if all_tokens else wanted
+        features = every = packed_features(self.backbone, tokens, crop_keys, rate, asked)
+        if all_tokens:
+            features = every.index_select(0, wanted)
+        cls, hidden = features.split([len(classes), len(wanted) - len(classes)])  # [V·B, D], [M, D]
         return Output(
             self.dino_head(cls).view(-1, batch, len(self.dino_head.prototypes)),
-            (self.ibot_head or self.dino_head)(patches),
+            (self.ibot_head or self.dino_head)(hidden),
             cls.view(-1, batch, cls.shape[1]),
+            every if all_tokens else None,
         )
 
 

@@ -10,6 +10,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,6 +55,16 @@ def in_bfloat16(config: Config, device: torch.device) -> bool:
     """Whether a run computes in bfloat16."""
     asked = config.run.precision
     return asked == "bf16" or (asked == "auto" and device.type == "cuda")
+
+
+def described(config: Config, device: torch.device) -> dict[str, Any]:
+    """How a run computes, for its checkpoints to say: ``ranks``, ``strategy`` and ``precision``."""
+    strategy = "fsdp" if config.run.strategy == "fsdp" else "ddp"
+    return {
+        "ranks": distributed.ranks(),
+        "strategy": strategy if distributed.ranks() > 1 else None,
+        "precision": "bf16" if in_bfloat16(config, device) else "fp32",
+    }
 
 
 @contextlib.contextmanager

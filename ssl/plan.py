@@ -69,6 +69,11 @@ class Shape:
         return 4 * self.width * self.inner + (3 if self.gated else 2) * self.width * self.hidden
 
     @property
+    def mixing(self) -> int:
+        """Those of them that queries, keys and values come from."""
+        return 3 * self.width * self.inner
+
+    @property
     def embedding(self) -> int:
         """Weights of the patch embedding."""
         return 3 * self.patch**2 * self.width
@@ -250,7 +255,7 @@ def student_forward(shape: Shape, phase: Phase, drop_path: float = 0.0) -> Flops
 
     Linear layers cost 2 x weights a token. Attention's two products, QKᵀ and the one with V, cost 2 x 2·t²·inner for a
     crop of t tokens: packing concatenates crops for linear layers only. Heads see the class token of each crop and the
-    masked patches of the global ones.
+    masked patches of the global ones; of the last block, what follows its attention is computed for these alone.
 
     Args:
         drop_path: share of the blocks' branches that are dropped, and so not computed; on average.
@@ -272,11 +277,12 @@ def teacher_forward(shape: Shape, phase: Phase) -> Flops:
 
 def _forward(shape: Shape, crops: list[tuple[int, int]], *, classes: int, masked: float, kept: float) -> Flops:
     lengths = [(count, shape.tokens(side)) for count, side in crops]
-    patches = sum(count * (tokens - shape.prefix) for count, tokens in lengths)
+    tokens = sum(count * length for count, length in lengths)
+    unfinished = (tokens - classes - masked) * (shape.block - shape.mixing)
     return Flops(
-        embedding=2 * patches * shape.embedding,
-        linear=kept * 2 * shape.depth * shape.block * sum(count * tokens for count, tokens in lengths),
-        attention=kept * 4 * shape.depth * shape.inner * sum(count * tokens**2 for count, tokens in lengths),
+        embedding=2 * (tokens - shape.prefix * sum(count for count, _ in lengths)) * shape.embedding,
+        linear=kept * 2 * (shape.depth * shape.block * tokens - unfinished),
+        attention=kept * 4 * shape.depth * shape.inner * sum(count * length**2 for count, length in lengths),
         heads=sum(
             2 * rows * (shape.head(head) + head.bottleneck * head.prototypes)
             for rows, head in ((classes, shape.dino), (masked, shape.ibot))
@@ -316,29 +322,34 @@ def activations(shape: Shape, phase: Phase, bf16: bool, drop_path: float) -> tup
         + 2·e·h or 4·e·h  before and after GELU; gated: both halves, the activated one and their product
         + 16 + 4·H        statistics of norms and attention.
 
-    Of that, drop path keeps what it does not drop, and 16 bytes of places.
+    Of that, drop path keeps what it does not drop, and 16 bytes of places. In the last block, tokens that no head sees
+    keep only what comes before its projection: 4·D + e·D + 4·e·A + 8 + 4·H.
 
     A row of a head with hidden width m, bottleneck b and K prototypes keeps e·(D + 4·m + b) + 4·b, and the losses 8·K:
-    targets and log-probabilities, float32. A crop keeps e a value, and a token 4·D before the last norm. Independent of
-    images are the normalized prototypes, e·b·K for either head, and in bfloat16 a copy of all linear weights.
-    Not counted: what lives for a moment only (about a block's worth), fragmentation, and CUDA's own few hundred MB.
+    targets and log-probabilities, float32. A crop keeps e a value, and what a head sees 4·D before the last norm.
+    Independent of images are the normalized prototypes, e·b·K for either head, and in bfloat16 a copy of all linear
+    weights. Not counted: what lives for a moment only (about a block's worth), fragmentation, and CUDA's own.
     """
     e = BF16 if bf16 else FP32
     crops = phase.crops
     sides = [(GLOBALS, crops.global_size), (crops.local_count, crops.local_size)]
     tokens = sum(count * shape.tokens(side) for count, side in sides)
-    token = (1 - drop_path) * (
-        (8 + 2 * e + (2 * e if shape.scaled else 0)) * shape.width
-        + 5 * e * shape.inner
+    places = 8 if drop_path else 0
+    before = (4 + e) * shape.width + 4 * e * shape.inner + 8 + 4 * shape.heads + places  # the projection of attention
+    after = (
+        (4 + e + (2 * e if shape.scaled else 0)) * shape.width
+        + e * shape.inner
         + (4 if shape.gated else 2) * e * shape.hidden
-        + 16
-        + 4 * shape.heads
-        + (16 if drop_path else 0)
+        + 8
+        + places
     )
     rows = [(GLOBALS + crops.local_count, shape.dino), (phase.masked, shape.ibot)]
+    seen = sum(n for n, _ in rows)
+    unfinished = tokens - seen if shape.depth else 0.0
     values = 3 * sum(count * side**2 for count, side in sides)
     image = (
-        tokens * (shape.depth * token + FP32 * shape.width)
+        (1 - drop_path) * (shape.depth * tokens * (before + after) - unfinished * after)
+        + FP32 * shape.width * seen
         + e * values
         + sum(
             n * (e * (shape.width + 4 * h.hidden + h.bottleneck) + 4 * h.bottleneck + 8 * h.prototypes) for n, h in rows
@@ -385,5 +396,10 @@ def fvcore_table(config: Config) -> dict[str, tuple[int, float]]:
 
 
 def crop_forward(shape: Shape, side: int) -> float:
-    """FLOPs of one crop of ``side`` pixels through the backbone, forward: what :func:`fvcore_table` should sum to."""
-    return _forward(shape, [(1, side)], classes=0, masked=0, kept=1.0).total
+    """FLOPs of one crop of ``side`` pixels through the backbone, forward: what :func:`fvcore_table` should sum to.
+
+    All tokens are finished, as timm does.
+    """
+    tokens = shape.tokens(side)
+    blocks = shape.depth * (2 * shape.block * tokens + 4 * shape.inner * tokens**2)
+    return 2.0 * (tokens - shape.prefix) * shape.embedding + blocks

@@ -9,7 +9,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import nn
@@ -108,7 +108,8 @@ def _train(config: Config, device: torch.device, back: Rewind | None, stop: list
     if distributed.rank() == 0:
         stream = progress(stream, total=steps, start=start, desc="train", unit="steps", status=log.status)
 
-    with Saver(run, facts, len(rewinds), keep=config.run.keep, keep_every=config.run.keep_every) as saver:
+    how = parallel.described(config, device)
+    with Saver(run, facts, len(rewinds), how, keep=config.run.keep, keep_every=config.run.keep_every) as saver:
         for step, (phase, batch) in enumerate(stream, start):
             moment = at(step, config)
             set_moment(optimizer, moment)
@@ -200,30 +201,33 @@ def _refuse_other_run(config: Config) -> None:
 
 @contextlib.contextmanager
 def _locked(run: Path) -> Iterator[None]:
-    """Hold the run folder: one training at a time. Only rank 0 locks. A run that was refused leaves no folder."""
-    if distributed.rank() != 0:
-        yield
-        return
-    there = run.exists()
-    run.mkdir(parents=True, exist_ok=True)
-    path = run / ".lock"
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # One that was just refused may have removed the file that was opened.
-            held = path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino
-        except BlockingIOError:
-            held = False
-        if not held:
+    """Hold the run folder: one training at a time. Rank 0 locks, all raise UserError. A refused run leaves nothing."""
+    there, path = run.exists(), run / ".lock"
+    with contextlib.ExitStack() as stack:
+        file = None
+        if distributed.rank() == 0:
+            run.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(path.open("a"))
+        if distributed.any_rank(file is not None and not _lock(file, path)):
             raise UserError(f"run.dir: another process is training in {run}; wait for it, or give another")
         try:
             yield
         finally:
-            if not (run / "config.yaml").exists():
+            if file is not None:
                 path.unlink()
                 if not there:
-                    with contextlib.suppress(OSError):  # something else is in it
+                    with contextlib.suppress(OSError):  # a run that was not refused is in it
                         run.rmdir()
+
+
+def _lock(file: IO[str], path: Path) -> bool:
+    """Whether ``file``, opened from ``path``, is locked now and still the one there."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # One that was just refused may have removed the file that was opened.
+        return path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino
+    except BlockingIOError:
+        return False
 
 
 @contextlib.contextmanager

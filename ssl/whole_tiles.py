@@ -32,13 +32,9 @@ def tokens(network: Network, images: torch.Tensor) -> torch.Tensor:
     """
     backbone = network.backbone
     masks = images.new_zeros(len(images), (images.shape[-1] // backbone.patch_embed.patch_size[0]) ** 2).bool()
-    seen: list[torch.Tensor] = []
-    hook = backbone.norm.register_forward_hook(lambda module, given, made: seen.append(made))
-    try:
-        network([images.unsqueeze(0)], masks, torch.arange(len(images), device=images.device), hide=False, rate=0.0)
-    finally:
-        hook.remove()
-    return seen[0].view(len(images), -1, seen[0].shape[-1]).float()
+    keys = torch.arange(len(images), device=images.device)
+    seen = network([images.unsqueeze(0)], masks, keys, hide=False, rate=0.0, all_tokens=True).tokens
+    return seen.view(len(images), -1, seen.shape[-1]).float()
 
 
 def token_colors(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +13,9 @@ import pandas as pd
 from timm.models.vision_transformer import VisionTransformer
 
 from eosin.data_tools.errors import UserError
+from eosin.data_tools.mixture import Mixture
 from eosin.data_tools.shards import ShardSet
+from eosin.eval.report import history
 from eosin.eval.report.findings import Results, load
 from eosin.eval.task import text
 from eosin.ssl import checkpoint
@@ -72,6 +73,11 @@ class Material:
         trained_on = self.about.get("facts", {}).get("shard set")
         several = isinstance(self.config.data.shards, dict)
         return several or trained_on is None or trained_on == self.shards.identity
+
+    @property
+    def trained_on(self) -> Mixture | None:
+        """The tiles shown, where the run was trained on these alone; None for several sets or others."""
+        return Mixture({self.shards.name: 1.0}) if isinstance(self.config.data.shards, str) else None
 
     @property
     def used(self) -> pd.DataFrame:
@@ -143,24 +149,10 @@ def gather(
         config,
         shard_set,
         shard_set.slides().reset_index(drop=True),
-        _records(run / "metrics.jsonl"),
+        history.records(run),
         found[-1] if found else None,
         make_normalizer(describe_run(run, config.stain), shard_set),
         load(results),
         release,
         [ShardSet(other) for other in beside],
     )
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
-        if not line.endswith("\n"):
-            break  # a run under way is writing it
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            raise UserError(f"{path} line {number} is not JSON; start 'eosin train' again to mend it") from None
-    return records

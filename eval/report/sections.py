@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from eosin.eval.describe import PRIMARY, TITLES
-from eosin.eval.report import findings, plots
+from eosin.eval.report import findings, history, plots
 from eosin.eval.report.findings import Results
 from eosin.eval.report.material import Material
 from eosin.eval.report.page import Block, Gallery, Listing, Section, Table, Words, chart
@@ -122,6 +122,9 @@ def reproduction(m: Material) -> Section:
     facts = [
         ("versions", versions),
         ("checkpoint", saved),
+        ("trained by", history.way(m.config, m.about.get("how", {}))),
+        ("held out of training", history.held_out(m.config, m.trained_on) or "nothing"),
+        ("steps gone wrong", history.trouble(m.run, m.records, m.step)),
         ("seed", str(m.config.run.seed)),
         ("shards (sha256)", m.shards.identity[:16]),
     ]

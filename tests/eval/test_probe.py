@@ -3,9 +3,12 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.metrics import balanced_accuracy_score, cohen_kappa_score, roc_auc_score
 
+from eosin.data_tools.errors import UserError
 from eosin.data_tools.results import read_results
 from eosin.eval.describe import describe, verdict
+from eosin.eval.metrics import METRICS
 from eosin.eval.mil import AttentionProtocol
 from eosin.eval.probe import Question, run_knn, run_linear, run_mil
 from eosin.launch.cli import main
@@ -61,6 +64,44 @@ def test_a_planted_signal_is_found_and_its_absence_too(probe, files, tmp_path, m
     assert all(part in text for part in ("good", "blind", "chance", "paired difference", "excludes zero"))
 
 
+def test_presets_are_those_protocols_fold_by_fold(files, tmp_path, capsys):
+    """uni-knn against brute force, pathobench-linear against scikit-learn, on the folds that the results name."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+
+    from eosin.data_tools.embeddings import read_embeddings
+
+    features = {e.name: np.array(e.features, dtype=np.float64) for e in map(read_embeddings, files)}
+
+    def unit(rows, mean):
+        return (rows - mean) / np.linalg.norm(rows - mean, axis=1, keepdims=True)
+
+    for verb, name in (("knn", "uni-knn"), ("linear", "pathobench-linear")):
+        out = tmp_path / f"{name}.json"
+        common = ["--label", "label", "--group", "patient", "--device", "cpu"]
+        assert main(["eval", verb, *map(str, files), *common, "--preset", name, "--out", str(out)]) == 0
+        results, predictions = read_results(out)
+        assert results["protocol"] == name
+        for encoder, rows in predictions.groupby("encoder"):
+            here = features[encoder][rows.index - rows.index[0]]
+            labels, folds = rows["label"].to_numpy(), rows["fold"].to_numpy()
+            for fold in np.unique(folds):
+                train, test = here[folds != fold], here[folds == fold]
+                if name == "uni-knn":
+                    mean = train.mean(axis=0)
+                    oracle = KNeighborsClassifier(20).fit(unit(train, mean), labels[folds != fold])
+                    said = oracle.predict_proba(unit(test, mean))
+                else:
+                    oracle = LogisticRegression(C=0.5, class_weight="balanced", tol=1e-8, max_iter=10_000)
+                    said = oracle.fit(train, labels[folds != fold]).predict_proba(test)
+                found = rows.loc[folds == fold, ["probability_normal", "probability_tumor"]].to_numpy()
+                np.testing.assert_allclose(found, said, atol=2e-3)
+    capsys.readouterr()
+    wrong = ["--preset", "uni-knn", "--out", str(tmp_path / "no.json")]
+    assert main(["eval", "linear", *map(str, files), *common, *wrong]) == 2
+    assert "valid here: uni-linear, pathobench-linear" in capsys.readouterr().err
+
+
 def test_permuted_labels_are_at_chance(cohort, write, tmp_path):
     """Over shuffles of the patients' labels the mean is at chance; a leak of patients would lift it far above."""
     told, columns = cohort(6.0)
@@ -102,6 +143,177 @@ def test_one_encoder_alone_brings_the_advice(files, tmp_path):
     results = run_knn(question)
     assert results["comparisons"] == []
     assert "random:RUN" in describe(results)
+
+
+def ask(files, out, probe="knn", **more):
+    """Results of a question about the cohort, and the predictions."""
+    results = PROBES[probe](Question(files, "label", "patient", out, **more))
+    return results, read_results(out)[1]
+
+
+def test_every_split_from_files_to_results(write, cohort, tmp_path):
+    features, columns = cohort(4.0)
+    numbers = np.array([int(p[1:]) for p in columns["patient"]])
+    sides = np.where(numbers < 20, "train", np.where(numbers < 24, "val", "test"))
+    path = write("good", features, split=sides, site=np.array(["a", "b", "c"])[numbers % 3], **columns)
+    for kind, more, rows, folds in [
+        ("fixed", {}, 128, 1),
+        ("leave-one-group-out", {}, 320, 40),
+        ("monte-carlo", {"repeats": 3}, None, 3),
+    ]:
+        results, predictions = ask([path], tmp_path / "r.json", split=kind, **more)
+        assert results["split"]["kind"] == kind
+        assert len(results["split"]["folds"]) == folds == predictions["fold"].nunique()
+        assert len(predictions) == (rows or sum(f["scored"] for f in results["split"]["folds"]))
+        assert results["n"] == predictions["key"].nunique()
+        assert metric(results, "good")["value"] > 0.7
+        # The value again from the predictions, one pass at a time.
+        passes = predictions.groupby("fold" if kind == "monte-carlo" else lambda _: 0)
+        again = [balanced_accuracy_score(p["label"], p["predicted"]) for _, p in passes]
+        assert metric(results, "good")["value"] == pytest.approx(np.mean(again))
+    results, predictions = ask([path], tmp_path / "r.json", split="fixed")
+    assert set(predictions["key"]) == {f"t{i}" for i in np.flatnonzero(numbers >= 24)}
+    assert results["split"]["folds"][0]["train"] == 160
+
+
+def test_bags_under_a_split_that_leaves_some_aside(write, cohort, tmp_path, monkeypatch):
+    short = AttentionProtocol(repeats=1, epochs=3)
+    monkeypatch.setattr("eosin.eval.mil.AttentionProtocol", lambda: short)
+    features, columns = cohort(4.0)
+    numbers = np.array([int(p[1:]) for p in columns["patient"]])
+    sides = np.where(numbers < 20, "train", np.where(numbers < 24, "val", "test"))
+    aside = features.copy()
+    aside[sides == "val"] = 1e4  # would spoil any fit that looked
+    found = []
+    for name, x in (("e", features), ("f", aside)):
+        path = write(name, x, split=sides, **columns)
+        _, predictions = ask([path], tmp_path / "r.json", "mil", split="fixed")
+        assert set(predictions["key"]) == {s for s, side in zip(columns["slide"], sides) if side == "test"}
+        found.append(predictions["probability_tumor"].to_numpy())
+        attention = pd.read_parquet(tmp_path / "r.attention.parquet")
+        assert set(attention["key"]) == {f"t{i}" for i in np.flatnonzero(sides == "test")}
+    np.testing.assert_array_equal(*found)
+    ask([path], tmp_path / "m.json", "mil", split="monte-carlo", repeats=2)
+    attention = pd.read_parquet(tmp_path / "m.attention.parquet")
+    np.testing.assert_allclose(attention.groupby("slide")["attention"].sum(), 1, atol=1e-5)
+    mixed = write("mixed", features, split=np.where(np.arange(320) % 8 == 0, "test", "train"), **columns)
+    with pytest.raises(UserError, match="a bag holds tiles of two 'split'"):
+        ask([mixed], tmp_path / "x.json", "mil", split="fixed")
+
+
+def test_subgroups_are_those_samples_alone(write, cohort, tmp_path):
+    features, columns = cohort(1.0)
+    numbers = np.array([int(p[1:]) for p in columns["patient"]])
+    site = np.where(numbers < 5, "small", np.where(numbers < 39, "big", ""))
+    path = write("good", features, site=site, **columns)
+    results, predictions = ask([path], tmp_path / "r.json", by=("site",))
+    table = {row["value"]: row for row in results["by"]["site"]}
+    assert {v: (r["n"], r["clusters"]) for v, r in table.items()} == {None: (8, 1), "small": (40, 5), "big": (272, 34)}
+    for value, row in table.items():
+        mine = predictions[site == (value or "")]
+        found = row["encoders"]["good"]
+        recalls = [(g["predicted"] == g["label"]).mean() for _, g in mine.groupby("label")]
+        assert found["balanced_accuracy"]["value"] == pytest.approx(np.mean(recalls))
+        if value:
+            area = roc_auc_score(mine["label"] == "tumor", mine["probability_tumor"])
+            assert found["auroc"]["value"] == pytest.approx(area)
+            assert found["auroc"]["low"] < area < found["auroc"]["high"]
+    # One patient has one class: no area, no interval, and both are said.
+    assert table[None]["encoders"]["good"]["auroc"] is None
+    assert table[None]["encoders"]["good"]["accuracy"]["low"] is None
+    assert table[None]["lacks"] in (["tumor"], ["normal"])
+    assert [r["few_clusters"] for r in table.values()] == [True, False, True]
+    said = describe(results)
+    assert "By site, fewer than 10 clusters: not given (1), small (5)" in said
+    assert f"not given has no '{table[None]['lacks'][0]}'" in said
+
+
+def test_the_bootstrap_draws_what_it_is_told_to(write, cohort, tmp_path):
+    features, columns = cohort(0.5)
+    path = write("good", features, **columns)
+    by_patient, by_slide = ask([path], tmp_path / "a.json")[0], ask([path], tmp_path / "b.json", cluster="slide")[0]
+    assert (by_patient["clusters"], by_slide["clusters"], by_slide["groups"]) == (40, 80, 40)
+    a, b = metric(by_patient, "good"), metric(by_slide, "good")
+    assert a["value"] == b["value"]
+    assert b["high"] - b["low"] < a["high"] - a["low"]  # slides of a patient resemble each other
+
+
+def test_a_planted_leak_is_refused_or_stands_in_the_results(write, cohort, tmp_path, capsys):
+    features, columns = cohort(1.0)
+    path = write("good", features, **columns)
+    out = tmp_path / "r.json"
+    with pytest.raises(UserError, match=r"\d+ of 'patient', such as 'p\d+', would stand on both sides"):
+        run_knn(Question([path], "label", "slide", out))
+    assert not out.exists()
+    ask = ["eval", "knn", str(path), "--label", "label", "--group", "slide", "--out", str(out), "--device", "cpu"]
+    assert main([*ask, "--allow-leak", " "]) == 2
+    assert "--allow-leak needs a reason" in capsys.readouterr().err
+    assert main([*ask, "--allow-leak", "to measure recognition"]) == 0
+    assert "Reason given: to measure recognition" in capsys.readouterr().out
+    leaks = read_results(out)[0]["leaks"]
+    assert leaks["reason"] == "to measure recognition"
+    assert leaks["found"][0]["what"] == "patient"
+    # The same bytes twice, under two keys and two patients; twice within a patient harms nobody.
+    crc32 = np.arange(320, dtype=np.uint32)
+    crc32[1] = crc32[0]
+    clean = write("clean", features, crc32=crc32, size=np.full(320, 9, dtype=np.int32), **columns)
+    assert run_knn(Question([clean], "label", "patient", out))["leaks"] == {"found": [], "reason": None}
+    crc32[8::8] = crc32[0]
+    copied = write("copied", features, crc32=crc32, size=np.full(320, 9, dtype=np.int32), **columns)
+    for probe in ("knn", "mil"):
+        with pytest.raises(UserError, match="1 of 'image', such as '0-9'"):
+            PROBES[probe](Question([copied], "label", "patient", out))
+
+
+def test_nothing_is_chosen_on_the_scored_side(write, cohort, tmp_path):
+    """The C of a fixed split stays when the labels and features that are scored turn into something else."""
+    features, columns = cohort(1.0, dimension=40)
+    numbers = np.array([int(p[1:]) for p in columns["patient"]])
+    scored = numbers >= 25
+    sides = np.where(scored, "test", "train")
+    flipped = np.where(scored & (columns["label"] == "tumor"), "normal", np.where(scored, "tumor", columns["label"]))
+    noise = np.where(scored[:, None], np.random.default_rng(0).normal(size=features.shape) * 30, features)
+    found = []
+    for name, x, label in (("e", features, columns["label"]), ("f", features, flipped), ("g", noise, flipped)):
+        path = write(name, x, split=sides, **(columns | {"label": label}))
+        results, predictions = ask([path], tmp_path / "r.json", "linear", split="fixed")
+        found.append((results["encoders"][0]["details"]["C"], predictions["probability_tumor"].to_numpy(), results))
+    assert found[0][0] == found[1][0] == found[2][0]
+    np.testing.assert_array_equal(found[0][1], found[1][1])
+    # An answer worse than chance is reported so.
+    assert metric(found[1][2], "f", "auroc")["value"] == pytest.approx(1 - metric(found[0][2], "e", "auroc")["value"])
+
+
+def test_what_else_a_result_holds(files, write, cohort, tmp_path):
+    results, predictions = ask(files, tmp_path / "r.json")
+    pair = next(c for c in results["comparisons"] if c["metric"] == "auroc")
+    positive = predictions[predictions["encoder"] == "good"]["label"].to_numpy() == "tumor"
+    good, blind = (g["probability_tumor"].to_numpy() for _, g in predictions.groupby("encoder", sort=False))
+    assert results["encoders"][0]["delong"]["auroc"] == pytest.approx(roc_auc_score(positive, good))
+    assert 0 < pair["delong"]["p"] < 0.001
+    assert pair["delong"]["z"] * pair["delong"]["se"] == pytest.approx(
+        roc_auc_score(positive, good) - roc_auc_score(positive, blind)
+    )
+    assert "p < .001" in describe(results)
+    recall = results["encoders"][0]["classes"]["tumor"]["recall"]["value"]
+    rows = predictions[(predictions["encoder"] == "good") & (predictions["label"] == "tumor")]
+    assert recall == pytest.approx((rows["predicted"] == "tumor").mean())
+    assert sum(b["n"] for b in results["encoders"][0]["calibration"]["bins"]) == 320
+    # Grades, which are ordered, and one that occurs in two patients only, so that draws and folds miss it.
+    features, columns = cohort(0.0)
+    numbers = np.array([int(p[1:]) for p in columns["patient"]])
+    grade = np.where(numbers < 2, 10, numbers % 2 + 1)
+    path = write("grades", features, grade=grade, **columns)
+    results = run_knn(Question([path], "grade", "patient", tmp_path / "g.json"))
+    assert results["classes"] == ["1", "2", "10"]
+    assert (
+        set(results["chance"]) == {*METRICS, "auroc_ovo", "quadratic_kappa"} == set(results["encoders"][0]["metrics"])
+    )
+    predictions = read_results(tmp_path / "g.json")[1]
+    kappa = cohen_kappa_score(*(predictions[c].astype(int) for c in ("label", "predicted")), weights="quadratic")
+    assert metric(results, "grades", "quadratic_kappa")["value"] == pytest.approx(kappa)
+    assert any(n.startswith("Class '10' has no sample to be scored in 3 of 5 folds") for n in results["notes"])
+    assert any(n.startswith("Class '10' is missing from 1") and "of the draws" in n for n in results["notes"])
 
 
 def made_up(*rows, pairs):

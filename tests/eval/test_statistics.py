@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
+from scipy.stats import norm
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, roc_auc_score
 
-from eosin.eval import statistics
+from eosin.eval import metrics, statistics
 
 
 def draw(seed, n=200, classes=4, groups=17, digits=2):
@@ -61,7 +62,7 @@ def test_chunks_change_nothing(monkeypatch):
     labels, probabilities, groups = draw(2)
     weights = statistics.bootstrap_weights(17, 50, seed=0)
     whole = statistics.evaluate(labels, probabilities, groups, weights)["auroc"]
-    monkeypatch.setattr(statistics, "CHUNK", 300)
+    monkeypatch.setattr(metrics, "CHUNK", 300)
     np.testing.assert_array_equal(statistics.evaluate(labels, probabilities, groups, weights)["auroc"], whole)
 
 
@@ -77,26 +78,48 @@ def test_bootstrap_draws_groups_with_replacement():
     assert (weights != statistics.bootstrap_weights(30, 4000, seed=6)).any()
 
 
-def test_intervals_cover_and_rows_would_not():
-    """Groups right or wrong together, true accuracy .7: the interval holds it as often as promised."""
-    covered = {"groups": 0, "rows": 0}
-    trials, n_groups, size = 150, 50, 8
-    groups = np.repeat(np.arange(n_groups), size)
-    weights = {
-        "groups": statistics.bootstrap_weights(n_groups, 400, 0),
-        "rows": statistics.bootstrap_weights(n_groups * size, 400, 0),
-    }
-    for trial in range(trials):
-        rng = np.random.default_rng(trial)
-        skill = rng.beta(1.4, 0.6, n_groups)[groups]  # mean .7
-        labels = rng.integers(0, 2, len(groups))
-        predicted = np.where(rng.random(len(groups)) < skill, labels, 1 - labels)
-        for unit, of in (("groups", groups), ("rows", np.arange(len(groups)))):
-            values = statistics.evaluate(labels, np.eye(2)[predicted], of, weights[unit])["accuracy"]
-            found = statistics.interval(values)
-            covered[unit] += found["low"] <= 0.7 <= found["high"]
-    assert 0.88 <= covered["groups"] / trials <= 0.99
-    assert covered["rows"] / trials < 0.8
+def studies(trials, n_groups=100, of_each=4, shift=1.0, shared=0.5):
+    """Scores [N, trials] of patients whose samples share an effect: labels, groups, two probes' scores, the spread."""
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(n_groups), of_each)
+    labels = np.tile([0, 1], len(groups) // 2)
+    effect = shared * rng.normal(size=(n_groups, trials))[groups]
+    good, fair = (s * (labels - 0.5)[:, None] + effect + rng.normal(size=effect.shape) for s in (shift, 0.6 * shift))
+    return labels, groups, good, fair, np.sqrt(1 + shared**2)
+
+
+def coverage(values, truth):
+    """How often the intervals of [1 + draws, trials] hold the truth."""
+    found = [statistics.interval(column) for column in values.T]
+    return np.mean([f["low"] <= truth <= f["high"] for f in found])
+
+
+def test_intervals_of_accuracy_and_of_paired_differences_cover_and_rows_would_not():
+    """The truth is a closed form of the normal law."""
+    labels, groups, good, fair, spread = studies(3000)
+
+    def accuracy(scores, of):
+        weights = statistics.bootstrap_weights(of.max() + 1, 1000, 0)
+        right = metrics.sums((scores > 0) == labels[:, None], of, weights)  # [R, trials]
+        return right / metrics.sums(np.ones((len(labels), 1)), of, weights)
+
+    values = accuracy(good, groups)
+    true = norm.cdf(0.5 / spread)
+    assert 0.93 <= coverage(values, true) <= 0.97
+    assert 0.93 <= coverage(values - accuracy(fair, groups), true - norm.cdf(0.3 / spread)) <= 0.97
+    # Patients who are right or wrong as a whole: rows pretend to four times as many independent samples.
+    rng = np.random.default_rng(1)
+    whole = np.where((rng.random((100, 300)) < 0.7)[groups], labels[:, None] - 0.5, 0.5 - labels[:, None])
+    assert 0.91 <= coverage(accuracy(whole, groups), 0.7) <= 0.98
+    assert coverage(accuracy(whole, np.arange(len(labels))), 0.7) < 0.8
+
+
+def test_intervals_of_auroc_cover():
+    labels, groups, good, _, spread = studies(1000)
+    weights = statistics.bootstrap_weights(100, 1000, 0)
+    near, far = norm.cdf(1 / np.sqrt(2)), norm.cdf(1 / np.sqrt(2) / spread)  # pairs within a patient, and between
+    values = np.stack([statistics.auroc(labels == 1, score, groups, weights) for score in good.T], axis=1)
+    assert 0.93 <= coverage(values, far + (near - far) / 100) <= 0.97
 
 
 def test_paired_differences():

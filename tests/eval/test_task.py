@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 
 from eosin.data_tools.errors import UserError
-from eosin.eval.task import load_task, pool_task, text
+from eosin.eval.task import identities, load_task, pool_task, text
 
 
 def test_labels_from_a_csv_by_tile_slide_and_patient(write, tmp_path):
@@ -103,3 +103,21 @@ def test_bags_that_mix_labels_or_groups_are_refused(write):
         pool_task(task, "slide")
     with pytest.raises(UserError, match="no column 'slides' for --bag; did you mean 'slide'"):
         pool_task(task, "slides")
+
+
+def test_classes_that_are_numbers_are_in_their_order(write):
+    path = write("e", np.eye(4), label=["10", "2", "1", "2"], patient=list("pqrs"))
+    task = load_task([path], "label", "patient")
+    assert task.classes == ["1", "2", "10"]
+    assert list(task.labels) == [2, 1, 0, 1]
+    assert task.ordered
+    assert not load_task([write("f", np.eye(2), label=["1", "x"], patient=list("pq"))], "label", "patient").ordered
+
+
+def test_what_identifies_a_tile(write):
+    same = {"crc32": np.array([7, 7, 7], dtype=np.uint32), "size": np.array([9, 9, 8], dtype=np.int32)}
+    path = write("e", np.eye(3), label=list("xyx"), site=list("aab"), patient=["p", "", "q"], **same)
+    found = identities(load_task([path], "label", "site"), "site")
+    assert list(found) == ["site", "patient", "slide", "image"]
+    assert list(found["patient"]) == ["p", "", "q"]
+    assert found["image"][0] == found["image"][1] != found["image"][2]

@@ -79,3 +79,43 @@ def test_bad_input_leaves_nothing(tmp_path, tiny_run, capsys):
     with pytest.raises(UserError, match="does not exist"):
         export(tiny_run, tmp_path / "new", results=[tmp_path / "absent.json"], name="x")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture
+def run_with_history(tiny_shards, tiny_recipe, tmp_path):
+    """A run that held patients out, skipped two steps and was rewound."""
+    run = tmp_path / "run"
+    more = ["health={held_out: 0.4, held_out_every: 4, pictures_every: 0}", "data.batch=4", "optim.accumulate=2"]
+    train = ["train", *tiny_recipe, f"data.shards={tiny_shards}", f"run.dir={run}", *more, "run.steps=4"]
+    assert main(train) == 0
+    (run / "bad_batches.jsonl").write_text('{"step": 2, "tiles": {}}\n{"step": 4, "tiles": {}}\n{"step": 9, "til')
+    (run / "rewinds.jsonl").write_text('{"step": 3, "skip": 1}\n')
+    return run
+
+
+def test_card_and_report_say_how_a_model_was_trained(run_with_history, tmp_path):
+    run, out = run_with_history, tmp_path / "release"
+    assert main(["export", str(run), "--out", str(out), "--name", "tiny"]) == 0
+    assert main(["report", str(run), "--out", str(tmp_path / "report.html")]) == 0
+    # The draw of patients, from the loop's own list of tiles that it trains on.
+    from eosin.ssl.config import read_run_config
+    from eosin.ssl.feed import phases, stream
+
+    made = phases(read_run_config(run), None, torch.device("cpu"))
+    seen = {int(s) for _, batch in stream(made, 0) for s in batch["slide"]}
+    left = 4 - len(seen)  # 16 draws of few slides reach each
+    assert 0 < left < 4
+    card, page = (out / "README.md").read_text(), (tmp_path / "report.html").read_text()
+    for text in (card, page):
+        assert f"{left} of 4 patients, {left} of 4 slides (health.held_out=0.4)" in text
+        assert "1 process, float32, global batch 4" in text
+        assert "share in 2 parts" in text
+        assert "2 steps without a finite gradient changed nothing (2, 4)" in text
+        assert "the run went back to step 3 and passed over 1 batch" in text
+
+
+def test_a_run_without_trouble_says_so(release):
+    card = (release / "README.md").read_text()
+    assert "8 of 8 steps: 1 process, float32, global batch 8." in card
+    assert "No step was skipped, none rewound." in card
+    assert "Held out" not in card

@@ -49,8 +49,8 @@ def test_time_and_cost(capsys):
     total = Plan(load_config(TINY[0], [*TINY[1:], "data.shards=s", "run.dir=r"])).flops
     row = next(line for line in lines if line.split()[:1] == ["0.5"]).replace(",", "").split()
     days, hours, cost = map(float, row[2:])
-    assert days == pytest.approx(total / (0.5e12 * 4 * 86400), rel=1e-3)
-    assert hours == pytest.approx(days * 24 * 4, rel=2e-3)
+    assert days == pytest.approx(total / (0.5e12 * 4 * 86400), rel=5e-3)  # three digits are shown
+    assert hours == pytest.approx(days * 24 * 4, rel=5e-3)
     assert cost == pytest.approx(hours * 3, rel=2e-3)
     assert "give --tflops" not in "\n".join(lines)
     assert any("each of 4 GPUs with 16 images" in line for line in lines)
@@ -94,6 +94,26 @@ def test_the_largest_plan_fits_a_screen(capsys):
     assert any("gated MLP 4,096" in line and "4 registers" in line for line in lines)
 
 
+def test_strategy_parts_and_checkpointing_are_planned(capsys):
+    more = ["run.strategy=fsdp", "optim.accumulate=4", "run.checkpoint_activations=blocks"]
+    lines = planned(capsys, *TINY, *more, "--gpus", "4", "--tflops", "0.5")
+    assert_fits_a_screen(lines)
+    text = "\n".join(lines)
+    assert "each of 4 GPUs with 16 images in 4 parts, bf16, sharded by FSDP2, blocks computed again" in text
+    assert "blocks, computed again" in text
+    assert "+ 4 x " in text  # images of a part
+    assert "+ 12 x " in text  # those that wait
+    plain = planned(capsys, *TINY, "--gpus", "4", "--tflops", "0.5")
+
+    def days(lines):
+        return float(next(line for line in lines if line.split()[:1] == ["0.5"]).replace(",", "").split()[2])
+
+    # One more forward pass of the student's blocks, where there were 3 and the teacher's.
+    assert 1.15 < days(lines) / days(plain) < 1.3
+    assert "DDP's buckets" in "\n".join(plain)
+    assert "DDP's buckets" not in text
+
+
 def test_the_schedule_is_drawn(capsys, tmp_path):
     lines = planned(capsys, *TINY, "optim.heads_only=100", "--out", "charts/plan.png")
     assert lines[-1] == "schedules drawn in charts/plan.png"
@@ -131,6 +151,8 @@ def test_steps_worth_a_line(overrides, expected):
         (["--plan", "--gpus", "0"], "--gpus 0 is not a number of GPUs"),
         (["--plan", "--gpus", "3"], "--gpus 3 does not divide data.batch 64; the nearest that do: 2, 4"),
         (["--plan", "--gpus", "65"], "the nearest that do: 64"),
+        (["--plan", "--gpus", "3", "optim.accumulate=4"], "--gpus 3 times optim.accumulate=4 does not divide"),
+        (["--plan", "optim.accumulate=128"], "the nearest data.batch that 128 divides: 128"),
         (["--plan", "--price=-1"], "--price -1 is not a price"),
         (["--plan", "--out", "plan.pdf"], "--out plan.pdf: the schedules are a PNG"),
         (["--gpus", "2"], "--gpus belongs to a plan; add --plan"),

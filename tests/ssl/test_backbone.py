@@ -85,7 +85,8 @@ def test_drop_path_is_that_of_each_crop_by_itself(rate):
     )
     groups = [torch.randn(4, 5, 48), torch.randn(6, 3, 48)]
     keys = torch.arange(10) + 100
-    packed = packed_features(backbone, groups, keys, rate)
+    everything = packed_features(backbone, groups, keys, rate, torch.arange(4 * 5 + 6 * 3))
+    packed = [part.view(group.shape) for part, group in zip(everything.split([20, 18]), groups)]
     dropped = 0
     for group, first, out in zip(groups, (0, 4), packed):
         for crop in range(len(group)):

@@ -32,6 +32,9 @@ def test_every_k_in_one_pass_and_any_chunk(monkeypatch):
         np.testing.assert_allclose(together[row], knn_probabilities(queries, train, labels, 5, [k])[0], atol=1e-6)
     monkeypatch.setattr(metrics, "CHUNK", 900)
     np.testing.assert_allclose(knn_probabilities(queries, train, labels, 5, [20, 3, 100]), together, atol=1e-6)
+    monkeypatch.setattr(metrics, "BLOCK", 64)  # fewer than the neighbors, and a rest
+    np.testing.assert_allclose(knn_probabilities(queries, train, labels, 5, [20, 3, 100]), together, atol=1e-6)
+    np.testing.assert_allclose(knn_probabilities(queries, train, labels, 5, [3])[0], together[1], atol=1e-6)
 
 
 def test_by_hand():
@@ -68,3 +71,32 @@ def test_across_groups_a_tile_is_not_told_by_its_own_group():
     features = np.hstack([np.eye(2)[groups // 2], 0.1 * np.eye(4)[groups]]).astype(np.float32)
     assert (knn_probabilities(features, features, labels, 2, [5])[0].argmax(1) == labels).all()
     assert (knn_across_groups(features, labels, groups, 2, 5) != labels).all()
+
+
+@pytest.mark.parametrize("block", [1 << 15, 1000])
+def test_a_long_row_of_similarities_equals_brute_force(block, monkeypatch):
+    """Longer than what is looked at whole, with a rest, and neighbors that lie close to each other in it."""
+    monkeypatch.setattr(metrics, "BLOCK", block)
+    queries, train, labels = draw(4, train=3013, dimension=8, classes=5)
+    train = train[np.argsort(train[:, 0])]
+    cosine = (queries / np.linalg.norm(queries, axis=1, keepdims=True)).astype(np.float64) @ (
+        train / np.linalg.norm(train, axis=1, keepdims=True)
+    ).T
+    for weighted in (True, False):
+        found = knn_probabilities(queries, train, labels, 5, [1, 9, 40], weighted=weighted)
+        for row, k in enumerate((1, 9, 40)):
+            near = np.argsort(-cosine, axis=1)[:, :k]
+            weights = np.exp(np.take_along_axis(cosine, near, 1) / 0.07) if weighted else np.ones(near.shape)
+            expected = np.stack([(weights * (labels[near] == c)).sum(axis=1) for c in range(5)], axis=1)
+            np.testing.assert_allclose(found[row], expected / expected.sum(axis=1, keepdims=True), atol=2e-5)
+
+
+def test_centered_and_voted_equals_scikit_learn_on_centered_features():
+    queries, train, labels = draw(5)
+    queries, train = queries + 30, train + 30
+    mean = train.astype(np.float64).mean(axis=0)
+    unit = [(side - mean) / np.linalg.norm(side - mean, axis=1, keepdims=True) for side in (queries, train)]
+    expected = KNeighborsClassifier(20).fit(unit[1], labels).predict_proba(unit[0])
+    found = knn_probabilities(queries, train, labels, 5, [20], weighted=False, center=True)[0]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert (knn_probabilities(queries, train, labels, 5, [20], weighted=False)[0] != expected).any()

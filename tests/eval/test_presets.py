@@ -1,0 +1,115 @@
+import warnings
+
+import numpy as np
+import pytest
+from scipy.stats import pearsonr
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler, normalize
+
+from eosin.data_tools.errors import UserError
+from eosin.eval.fewshot import draw_episodes, simpleshot
+from eosin.eval.presets import PRESETS, preset, preset_probabilities
+from eosin.eval.ridge import pearson, ridge_predictions
+
+
+def draw(seed=0, train=400, queries=80, dimension=30, classes=4):
+    rng = np.random.default_rng(seed)
+    centers = rng.normal(size=(classes, dimension))
+    sides = []
+    for count in (train, queries):
+        labels = np.r_[np.arange(classes), rng.choice(classes, count - classes, p=np.arange(1, classes + 1) / 10)]
+        sides.append((centers[labels] + 1.5 * rng.normal(size=(count, dimension)) + 2, labels))
+    return sides
+
+
+def test_unis_knn_votes_after_centering_and_normalizing():
+    (train, labels), (queries, _) = draw()
+    mean = train.mean(axis=0)
+    oracle = KNeighborsClassifier(20).fit(normalize(train - mean), labels)
+    ((found,), (made,)) = preset_probabilities("uni-knn", queries, train, labels, 4)
+    np.testing.assert_allclose(found, oracle.predict_proba(normalize(queries - mean)), atol=1e-6)
+    assert made == {"k": 20}
+
+
+def test_dinov2s_knn_weighs_by_softmax_of_the_cosine():
+    (train, labels), (queries, _) = draw(1)
+    found, made = preset_probabilities("dinov2-knn", queries, train, labels, 4)
+    cosine = normalize(queries) @ normalize(train).T
+    assert [m["k"] for m in made] == [10, 20, 100, 200]
+    for row, k in enumerate((10, 20, 100, 200)):
+        for query in range(0, 80, 9):
+            near = np.argsort(-cosine[query])[:k]
+            weights = np.exp(cosine[query][near] / 0.07)
+            expected = [weights[labels[near] == c].sum() / weights.sum() for c in range(4)]
+            np.testing.assert_allclose(found[row, query], expected, atol=1e-5)
+
+
+def test_unis_linear_probe_is_scikit_learns_at_its_equal_c():
+    (train, labels), (queries, _) = draw(2)
+    ((found,), (made,)) = preset_probabilities("uni-linear", queries, train, labels, 4)
+    assert made["C"] == 30 * 4 / 100
+    oracle = LogisticRegression(C=made["scikit-learn's C"], tol=1e-8, max_iter=50_000).fit(train, labels)
+    np.testing.assert_allclose(found, oracle.predict_proba(queries), atol=2e-3)
+    # The identity the other way round: C_eff = 2 C ‖W‖ / N with scikit-learn's own weights.
+    assert made["scikit-learn's C"] == pytest.approx(2 * 1.2 * np.linalg.norm(oracle.coef_) / 400, rel=1e-2)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_pathobenchs_linear_probe_is_scikit_learns(classes):
+    (train, labels), (queries, _) = draw(3)
+    labels = labels % classes
+    oracle = LogisticRegression(C=0.5, class_weight="balanced", tol=1e-8, max_iter=50_000).fit(train, labels)
+    ((found,), _) = preset_probabilities("pathobench-linear", queries, train, labels, classes + 1)
+    np.testing.assert_allclose(found[:, :classes], oracle.predict_proba(queries), atol=1e-3)
+    assert (found[:, classes] == 0).all()  # a class that the training side lacks
+
+
+@pytest.mark.parametrize(("samples", "dimension"), [(500, 300), (120, 300), (500, 40)])
+def test_hests_ridge_is_scikit_learns_pipeline(samples, dimension):
+    rng = np.random.default_rng(4)
+    train, queries = (rng.normal(size=(n, dimension)) * np.logspace(1, -1, dimension) + 3 for n in (samples, 50))
+    targets = train[:, :7] @ rng.normal(size=(7, 5)) + rng.normal(size=(samples, 5))
+    given = preset("hest-ridge").parameters
+    kept = min(given["components"], samples, dimension)
+    oracle = make_pipeline(StandardScaler(), PCA(kept, svd_solver="full"))
+    ridge = Ridge(100 / (kept * 5), fit_intercept=False).fit(oracle.fit_transform(train), targets)
+    found = ridge_predictions(queries, train, targets, **given)
+    expected = ridge.predict(oracle.transform(queries))
+    np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(expected).max())
+
+
+def test_pearson_a_gene():
+    rng = np.random.default_rng(5)
+    predicted, targets = rng.normal(size=(2, 60, 4))
+    targets[:, 1] = 0.1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = [pearsonr(p, t).statistic for p, t in zip(predicted.T, targets.T)]
+    np.testing.assert_allclose(pearson(predicted, targets), expected)
+    assert np.isnan(pearson(predicted, targets)[1])
+
+
+def test_forms_of_simpleshot_are_those_of_their_names():
+    (train, labels), (queries, _) = draw(6)
+    episodes = draw_episodes(labels, 4, 3, preset("uni-simpleshot").parameters["episodes"], seed=0)
+    assert len(episodes) == 1000
+    rows = episodes[0]
+    mean = train[rows].mean(axis=(0, 1))
+    means = np.stack([normalize(train[r] - mean).mean(axis=0) for r in rows])
+    near = np.linalg.norm(normalize(queries - mean)[:, None] - means, axis=2).argmin(axis=1)
+    said = {
+        n: simpleshot(queries, train, episodes[:1], preset(n).parameters["form"])[0] for n in PRESETS if "shot" in n
+    }
+    np.testing.assert_array_equal(said["uni-simpleshot"], near)
+    cosine = normalize(queries - mean) @ normalize(train[rows].mean(axis=1) - mean).T
+    np.testing.assert_array_equal(said["thunder-simpleshot"], cosine.argmax(axis=1))
+
+
+def test_unknown_and_unfit_names_are_refused():
+    with pytest.raises(UserError, match="did you mean 'uni-linear'"):
+        preset("uni-liner")
+    with pytest.raises(UserError, match="no probabilities of classes"):
+        preset_probabilities("hest-ridge", np.ones((1, 2)), np.ones((1, 2)), np.zeros(1, int), 2)
