@@ -139,14 +139,6 @@ class Memory:
         """All that does not depend on the estimate."""
         return self.student + self.teacher + self.gradients + self.moments + self.buckets
 
-    def total(self, images: int) -> float:
-        """With the activations of ``images`` samples."""
-        return self.exact + self.fixed + images * self.image
-
-    def room(self, limit: float) -> int:
-        """Samples that fit into ``limit`` bytes, by the estimate; 0 where not even the weights do."""
-        return max(int((limit - self.exact - self.fixed) // self.image), 0)
-
 
 class Plan:
     """The figures of a configuration; see the functions below for what each counts."""
@@ -176,15 +168,6 @@ class Plan:
     def images(self) -> int:
         """Samples of the whole run, with repetition."""
         return self.config.run.steps * self.config.data.batch
-
-    def memory(self, gpus: int) -> Memory:
-        """Memory of one of ``gpus`` processes, in the phase that keeps most."""
-        exact, drop_path = state_bytes(self.network, gpus), self.config.model.drop_path
-        memories = [
-            Memory(*exact, *activations(self.shape, phase, self.bf16, drop_path), phase.crops.global_size)
-            for phase in self.phases
-        ]
-        return max(memories, key=lambda memory: memory.total(self.config.data.batch // gpus))
 
     @property
     def bf16(self) -> bool:

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from eosin.ssl import plan
 from eosin.ssl.backbone import build_backbone
 from eosin.ssl.config import load_config
+from eosin.ssl.memory import held
 from eosin.ssl.network import StudentTeacher
 from eosin.ssl.optimizer import build_optimizer
 
@@ -162,11 +163,11 @@ def test_parameters_and_state_are_exact(name):
     planned = plan.Plan(config)
     assert sum(planned.parameters.values()) == sum(p.numel() for p in model.student.parameters())
     assert ("iBOT head" in planned.parameters) == (not config.objective.tied_heads)
-    memory = planned.memory(gpus=1)
+    memory = held(planned, 1).memory
     assert memory.student == memory.teacher == sum(p.nbytes for p in model.teacher.parameters())
     assert memory.gradients == sum(p.grad.nbytes for p in model.student.parameters())
     assert memory.moments == sum(t.nbytes for state in optimizer.state.values() for t in state.values())
-    assert (memory.buckets, planned.memory(gpus=2).buckets) == (0, memory.gradients)
+    assert (memory.buckets, held(planned, 2).memory.buckets) == (0, memory.gradients)
 
 
 def saved_bytes(config, batch, bf16):
@@ -219,8 +220,9 @@ def test_a_high_resolution_end_counts_by_itself():
     assert second.masked == 4 * first.masked
     expected = plain.flops * 0.9 + 10 * both.config.data.batch * both.step(second).total
     assert both.flops == pytest.approx(expected)
-    assert both.memory(1).image > plain.memory(1).image
-    assert (both.memory(1).side, plain.memory(1).side) == (128, 64)
+    of_both, of_plain = held(both, 1).memory, held(plain, 1).memory
+    assert of_both.image > of_plain.image
+    assert (of_both.side, of_plain.side) == (128, 64)
 
 
 def test_without_ibot_no_patch_meets_a_head():
@@ -229,10 +231,9 @@ def test_without_ibot_no_patch_meets_a_head():
 
 
 def test_room_is_what_total_says():
-    memory = plan.Plan(load("tiny")).memory(1)
-    limit = memory.total(37) + 1
-    assert memory.room(limit) == 37
-    assert memory.room(memory.exact / 2) == 0
+    alone = held(plan.Plan(load("tiny")), 1)
+    assert alone.room(alone.exact + alone.kept(37) + 1) == 37
+    assert alone.room(alone.exact / 2) == 0
 
 
 def test_days():
