@@ -286,18 +286,16 @@ def test_prefetch_is_parallel_and_fetches_each_block_once(server, tmp_path):
     far = remote(server, tmp_path)
     far.size("big")
     wanted = [("big", i * BLOCK + 9, 100) for i in range(32)]
-    started = time.perf_counter()
     far.prefetch([*wanted, *wanted, ("big", 5 * BLOCK, 3 * BLOCK)])
-    together = time.perf_counter() - started
     assert len(server.ranges) == len(set(server.ranges)) == 32
     assert all(far.read(*span) == server.content["big"][span[1] : span[1] + 100] for span in wanted)
     assert len(server.ranges) == 32
     assert 8 <= server.most <= store.THREADS
+    server.most = 0
     one_by_one = remote(server, tmp_path / "other")
-    started = time.perf_counter()
-    for span in wanted:
+    for span in wanted[:8]:
         one_by_one.read(*span)
-    assert time.perf_counter() - started > 1.5 * together  # 5 times on an idle machine
+    assert server.most == 1
 
 
 def test_prefetch_ends_at_the_files_end_and_leaves_errors_to_read(server, tmp_path):

@@ -114,7 +114,7 @@ def test_slides_table(slides, tmp_path):
         ("path,mpp\na.tif,352\n", "line 2: mpp 352 is outside"),
         ("path\na.tif\nslides/a.tif\n", "lines 2 and 3 are both about"),
         ("path,slide\na.tif,same\nc.tif,same\n", "the slide name 'same' twice"),
-        ("", "no column 'path' or 'slide'"),
+        ("", "lists no slide; give a header with 'path' or 'slide'"),
     ],
 )
 def test_tables_that_make_no_sense(slides, tmp_path, text, said):
