@@ -6,7 +6,6 @@ import os
 import pickle
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
