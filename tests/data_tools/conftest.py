@@ -167,3 +167,19 @@ def server(monkeypatch):
         yield running
         running.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def run(capsys) -> Callable[..., str]:
+    """Runs ``eosin pack`` and says what it said, after its exit code was checked; an error is one line."""
+    from eosin.data_tools.errors import USER_ERROR
+    from eosin.launch.cli import main
+
+    def said(*arguments: object, code: int) -> str:
+        assert main(["pack", *map(str, arguments)]) == code
+        heard = capsys.readouterr()
+        lines = [line for line in heard.err.splitlines() if not line.startswith("pack: ")]
+        assert len(lines) == (code == USER_ERROR)
+        return heard.err if lines else heard.out
+
+    return said

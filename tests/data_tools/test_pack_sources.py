@@ -29,15 +29,6 @@ def encoded(number: int, kind: str = "PNG") -> bytes:
     return file.getvalue()
 
 
-def run(*arguments: object, code: int, capsys: pytest.CaptureFixture[str]) -> str:
-    """What a command says, after its exit code was checked; an error is one line."""
-    assert main(["pack", *map(str, arguments)]) == code
-    said = capsys.readouterr()
-    lines = [line for line in said.err.splitlines() if not line.startswith("pack: ")]
-    assert len(lines) == (code == USER_ERROR)
-    return said.err if lines else said.out
-
-
 def write_zip(path: Path, members: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> Path:
     with zipfile.ZipFile(path, "w", method) as archive:
         for name, data in members.items():
@@ -89,7 +80,7 @@ def test_zip_with_a_manifest_and_several_zips(tmp_path):
     assert both.image(3) == encoded(4)
 
 
-def test_zip_members_that_cannot_be_trusted_are_refused(tmp_path, capsys):
+def test_zip_members_that_cannot_be_trusted_are_refused(tmp_path, run):
     """A declared size over the bound, a false one, encryption, a method without bound, names that lead out, a cut."""
     path = tmp_path / "set.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -107,7 +98,7 @@ def test_zip_members_that_cannot_be_trusted_are_refused(tmp_path, capsys):
             struct.pack_into("<H", data, local + 6, value)
     path.write_bytes(data)
     tracemalloc.start()
-    said = run(path, "--out", tmp_path / "out", code=DONE_WITH_REFUSALS, capsys=capsys)
+    said = run(path, "--out", tmp_path / "out", code=DONE_WITH_REFUSALS)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     for name, reason in (
@@ -122,10 +113,10 @@ def test_zip_members_that_cannot_be_trusted_are_refused(tmp_path, capsys):
         assert f"  {name}: {reason}" in said
     assert len(ShardSet(tmp_path / "out")) == 8
     assert peak < 20 << 20
-    again = run(path, "--out", tmp_path / "out", code=DONE_WITH_REFUSALS, capsys=capsys)
+    again = run(path, "--out", tmp_path / "out", code=DONE_WITH_REFUSALS)
     assert "nothing to do" in again
     assert again[again.index("refused: 7") :] == said[said.index("refused: 7") :]
-    run(write_zip(tmp_path / "text.zip", {"a.txt": b""}), "--out", tmp_path / "no", code=USER_ERROR, capsys=capsys)
+    run(write_zip(tmp_path / "text.zip", {"a.txt": b""}), "--out", tmp_path / "no", code=USER_ERROR)
 
 
 def test_a_false_size_unpacks_no_more_than_declared(tmp_path):
@@ -142,7 +133,7 @@ def test_a_false_size_unpacks_no_more_than_declared(tmp_path):
     assert peak < 20 << 20
 
 
-def test_zips_broken_as_a_whole_are_one_line(tmp_path, capsys):
+def test_zips_broken_as_a_whole_are_one_line(tmp_path, run):
     good = write_zip(tmp_path / "good.zip", {"a.png": encoded(1), "b.png": encoded(2)})
     (tmp_path / "cut.zip").write_bytes(good.read_bytes()[:-40])
     (tmp_path / "empty.zip").touch()
@@ -161,7 +152,7 @@ def test_zips_broken_as_a_whole_are_one_line(tmp_path, capsys):
         ("twice", "two images of one name"),
         ("overlap", "its members overlap"),
     ):
-        assert said in run(tmp_path / f"{name}.zip", "--out", tmp_path / "out", code=USER_ERROR, capsys=capsys)
+        assert said in run(tmp_path / f"{name}.zip", "--out", tmp_path / "out", code=USER_ERROR)
         assert not (tmp_path / "out").exists()
 
 
@@ -192,7 +183,7 @@ def test_same_input_same_bytes(tmp_path, kind):
     assert main(["verify", str(tmp_path / "one")]) == DONE
 
 
-def test_several_kinds_are_never_guessed(tmp_path, capsys):
+def test_several_kinds_are_never_guessed(tmp_path, run):
     one = write_zip(tmp_path / "a" / "one.zip", {"a.png": encoded(1)}) if (tmp_path / "a").mkdir() is None else None
     two = write_tar(tmp_path / "a" / "two.tar", [{"__key__": "k", "png": encoded(2)}])
     (tmp_path / "scan.dcm").write_bytes(bytes(128) + b"DICM")
@@ -203,9 +194,9 @@ def test_several_kinds_are_never_guessed(tmp_path, capsys):
         ([tmp_path / "gone.zip"], "is not a folder of images, nor a file that holds images"),
         ([tmp_path / "a" / ".." / "a" / "one.zip", one], "is given twice"),
     ):
-        assert said in run(*given, "--out", tmp_path / "out", code=USER_ERROR, capsys=capsys)
+        assert said in run(*given, "--out", tmp_path / "out", code=USER_ERROR)
     (tmp_path / "a" / "lone.png").write_bytes(encoded(3))
-    said = run(tmp_path / "a", "--out", tmp_path / "out", code=DONE, capsys=capsys)
+    said = run(tmp_path / "a", "--out", tmp_path / "out", code=DONE)
     assert "also holds zip files, left alone: 1" in said
     assert ShardSet(tmp_path / "out").image(0) == encoded(3)
 

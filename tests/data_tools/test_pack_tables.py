@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 from PIL import Image
 
 from eosin.data_tools import pack_tables
@@ -16,7 +15,6 @@ from eosin.data_tools.errors import DONE_WITH_REFUSALS, USER_ERROR
 from eosin.data_tools.pack import pack_images
 from eosin.data_tools.pack_sources import open_source
 from eosin.data_tools.shards import ShardSet
-from eosin.launch.cli import main
 
 SIDE = 32
 
@@ -36,15 +34,6 @@ def encoded(number: int, kind: str = "PNG", size: int = SIDE) -> bytes:
 
 def stored(shards: ShardSet, tile: int) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(shards.image(tile)))).astype(int)
-
-
-def run(*arguments: object, code: int, capsys: pytest.CaptureFixture[str]) -> str:
-    """What a command says, after its exit code was checked; an error is one line."""
-    assert main(["pack", *map(str, arguments)]) == code
-    said = capsys.readouterr()
-    lines = [line for line in said.err.splitlines() if not line.startswith("pack: ")]
-    assert len(lines) == (code == USER_ERROR)
-    return said.err if lines else said.out
 
 
 # HDF5
@@ -87,7 +76,7 @@ def test_clam_patches_are_one_slide_a_file(tmp_path):
     assert np.abs(stored(shards, 7) - pixels(3)).mean() < 2
 
 
-def test_hdf5_mistakes(tmp_path, capsys):
+def test_hdf5_mistakes(tmp_path, run):
     def write(name: str, **datasets: object) -> Path:
         with h5py.File(tmp_path / f"{name}.h5", "w") as file:
             for key, value in datasets.items():
@@ -122,7 +111,7 @@ def test_hdf5_mistakes(tmp_path, capsys):
         ([good], ["--manifest=m.csv"], "carry their own columns"),
         ([write("deep", x=images.astype(np.uint16))], [], "its values are uint16; 8 bits a channel are read"),
     ):
-        assert said in run(*files, "--out", tmp_path / "out", *options, code=USER_ERROR, capsys=capsys)
+        assert said in run(*files, "--out", tmp_path / "out", *options, code=USER_ERROR)
         assert not (tmp_path / "out").exists()
 
 
@@ -184,7 +173,7 @@ def test_tcga_12k(tmp_path):
     assert len(shards.slides().columns) == len(set(shards.slides().columns))
 
 
-def test_hub_structs(tmp_path, capsys):
+def test_hub_structs(tmp_path, run):
     images = [{"bytes": encoded(n), "path": f"{n}.png"} for n in range(12)]
     images[5], images[6] = {"bytes": None, "path": "away.png"}, None
     columns = {
@@ -198,7 +187,7 @@ def test_hub_structs(tmp_path, capsys):
         "key": pa.array([f"k{n}" for n in range(12)]),
     }
     path = write_parquet(tmp_path / "a.parquet", columns)
-    said = run(path, "--out", tmp_path / "out", "--group=organ", code=DONE_WITH_REFUSALS, capsys=capsys)
+    said = run(path, "--out", tmp_path / "out", "--group=organ", code=DONE_WITH_REFUSALS)
     assert "a.parquet [5]: only a path is in the file ('away.png'), no bytes" in said
     assert "a.parquet [6]: no bytes" in said
     shards = ShardSet(tmp_path / "out")
@@ -213,7 +202,7 @@ def test_hub_structs(tmp_path, capsys):
     assert not {"embedding", "mask", "image"} & shards.meta(1).keys()
 
 
-def test_parquet_mistakes(tmp_path, capsys):
+def test_parquet_mistakes(tmp_path, run):
     good = write_parquet(tmp_path / "good.parquet", {"jpg": [encoded(1)], "grade": [1]})
     (tmp_path / "cut.parquet").write_bytes(good.read_bytes()[:-9])
     for path, options, said in (
@@ -223,7 +212,7 @@ def test_parquet_mistakes(tmp_path, capsys):
         (tmp_path / "cut.parquet", [], "is not readable as Parquet, or cut"),
         (write_parquet(tmp_path / "empty.parquet", {"jpg": pa.array([], pa.binary())}), [], "holds no rows"),
     ):
-        assert said in run(path, "--out", tmp_path / "out", *options, code=USER_ERROR, capsys=capsys)
+        assert said in run(path, "--out", tmp_path / "out", *options, code=USER_ERROR)
         assert not (tmp_path / "out").exists()
 
 

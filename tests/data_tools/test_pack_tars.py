@@ -6,7 +6,6 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-import pytest
 import webdataset
 from PIL import Image
 
@@ -22,15 +21,6 @@ def encoded(number: int, kind: str = "PNG") -> bytes:
     file = io.BytesIO()
     Image.fromarray(small).resize((32, 32), Image.Resampling.BICUBIC).save(file, kind)
     return file.getvalue()
-
-
-def run(*arguments: object, code: int, capsys: pytest.CaptureFixture[str]) -> str:
-    """What a command says, after its exit code was checked; an error is one line."""
-    assert main(["pack", *map(str, arguments)]) == code
-    said = capsys.readouterr()
-    lines = [line for line in said.err.splitlines() if not line.startswith("pack: ")]
-    assert len(lines) == (code == USER_ERROR)
-    return said.err if lines else said.out
 
 
 def write_tar(path: Path, samples: list[dict[str, object]]) -> Path:
@@ -86,7 +76,7 @@ def test_own_shards_can_be_packed_again(tiny_shards, tmp_path):
     assert (new.column("x") == old.column("x")).all()
 
 
-def test_tar_members_that_cannot_be_used(tmp_path, capsys):
+def test_tar_members_that_cannot_be_used(tmp_path, run):
     path = tmp_path / "set.tar"
     with tarfile.open(path, "w") as archive:
 
@@ -116,7 +106,7 @@ def test_tar_members_that_cannot_be_used(tmp_path, capsys):
         add("half.json", b'{"a": "\\ud800"}')
         add("bytes\udcff.png", b"\x89PNG")
         add("good0.png", encoded(3))
-    said = run(path, "--out", tmp_path / "out", code=DONE_WITH_REFUSALS, capsys=capsys)
+    said = run(path, "--out", tmp_path / "out", code=DONE_WITH_REFUSALS)
     for name, reason in (
         ("link", "'link.png' is a link"),
         ("hard", "'hard.png' is a link"),
@@ -137,7 +127,7 @@ def test_tar_members_that_cannot_be_used(tmp_path, capsys):
     assert [shards.image(i) for i in range(12)] == [encoded(n) for n in range(12)]
 
 
-def test_tars_broken_as_a_whole_are_one_line(tmp_path, capsys):
+def test_tars_broken_as_a_whole_are_one_line(tmp_path, run):
     with tarfile.open(tmp_path / "good.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
         starts = []
         for number in range(3):
@@ -158,15 +148,15 @@ def test_tars_broken_as_a_whole_are_one_line(tmp_path, capsys):
         ("none", b"", "is not a plain tar"),
     ):
         (tmp_path / f"{name}.tar").write_bytes(data)
-        assert said in run(tmp_path / f"{name}.tar", "--out", tmp_path / "out", code=USER_ERROR, capsys=capsys)
+        assert said in run(tmp_path / f"{name}.tar", "--out", tmp_path / "out", code=USER_ERROR)
         assert not (tmp_path / "out").exists()
 
 
-def test_columns_that_a_tar_lacks(tmp_path, capsys):
+def test_columns_that_a_tar_lacks(tmp_path, run):
     samples = [{"__key__": f"k{n}", "png": encoded(n), "json": {"grade": n} if n else {}} for n in range(3)]
     path = write_tar(tmp_path / "a.tar", samples)
-    assert "a column 'stage'" in run(path, "--out", tmp_path / "o", "--label=stage", code=USER_ERROR, capsys=capsys)
-    said = run(path, "--out", tmp_path / "o", "--label=grade", code=DONE_WITH_REFUSALS, capsys=capsys)
+    assert "a column 'stage'" in run(path, "--out", tmp_path / "o", "--label=stage", code=USER_ERROR)
+    said = run(path, "--out", tmp_path / "o", "--label=grade", code=DONE_WITH_REFUSALS)
     assert "k0: nothing that goes with it has a column 'grade'" in said
     assert [ShardSet(tmp_path / "o").meta(i)["label"] for i in (0, 1)] == [1, 2]
 
