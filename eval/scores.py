@@ -22,7 +22,7 @@ FEW_CLUSTERS, FEW_IN_SUBGROUP = 20, 10
 
 
 class Answered(Protocol):
-    """What is scored: :class:`~eosin.eval.probe.Answer`, or anything with these."""
+    """What is scored: :class:`~eosin.eval.question.Answer`, or anything with these."""
 
     encoder: str
     variant: str

@@ -15,7 +15,8 @@ from eosin.eval.mil import (
     mean_pool,
     segment_softmax,
 )
-from eosin.eval.probe import Question, run_mil
+from eosin.eval.probe import run_mil
+from eosin.eval.question import Question
 
 SHORT = AttentionProtocol(repeats=1, epochs=10)
 

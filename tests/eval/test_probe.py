@@ -10,7 +10,8 @@ from eosin.data_tools.results import read_results
 from eosin.eval.describe import describe, verdict
 from eosin.eval.metrics import METRICS
 from eosin.eval.mil import AttentionProtocol
-from eosin.eval.probe import Question, run_knn, run_linear, run_mil
+from eosin.eval.probe import run_knn, run_linear, run_mil
+from eosin.eval.question import Question
 from eosin.launch.cli import main
 
 PROBES = {"knn": run_knn, "linear": run_linear, "mil": run_mil}

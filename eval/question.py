@@ -1,4 +1,4 @@
-"""Probes from files to results: a split by groups, one answer an encoder, metrics and comparisons.
+"""What every probe of classes shares: the question, the split, and from answers to results.
 
 A probe is fitted on one side of each fold and scored on the other, so every sample is scored by a probe that never saw
 its group. A number never stands alone: beside it stand its interval, chance, and the other encoders.
@@ -6,23 +6,21 @@ its group. A number never stands alone: beside it stand its interval, chance, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from eosin.data_tools.draws import hash32, purpose
-from eosin.data_tools.embeddings import Embeddings
 from eosin.data_tools.errors import UserError
-from eosin.data_tools.files import atomic_path, read_json
+from eosin.data_tools.files import read_json
 from eosin.data_tools.progress import progress
 from eosin.data_tools.results import write_results
 from eosin.eval import metrics, scores, splits, statistics
 from eosin.eval.describe import PRIMARY, verdict
 from eosin.eval.splits import Split
-from eosin.eval.task import Task, column_of, identities, load_task, pool_task, same_in_bags
+from eosin.eval.task import Task, column_of, identities, load_task
 
 SPLITS = ("kfold", "leave-one-group-out", "monte-carlo", "fixed")
 
@@ -79,158 +77,22 @@ class Answer:
         return f"{self.encoder} + {self.variant}" if self.variant else self.encoder
 
 
-def run_knn(question: Question, ks: Sequence[int] = (20,), device: str = "cpu") -> dict[str, Any]:
-    """Probe by k nearest neighbors, every k in one pass; write and return the results.
-
-    See :func:`~eosin.ssl.metrics.knn_probabilities`.
-    """
-    from eosin.ssl.metrics import TEMPERATURE, knn_probabilities
-
-    task, split, leaks = _prepare(question)
-    smallest = min(int(learned.sum()) for learned, _ in split)
-    if min(ks) < 1 or max(ks) > smallest:
-        raise UserError(f"k = {', '.join(map(str, ks))} must lie between 1 and the {smallest} samples to vote")
-    answers = []
-    for encoder in task.encoders:
-        votes = np.empty((len(ks), len(split.rows), len(task.classes)), dtype=np.float32)
-        for rows, learned, scored in _folds(split, f"knn, {encoder.name}"):
-            votes[:, rows] = knn_probabilities(
-                encoder.features[scored],
-                encoder.features[learned],
-                task.labels[learned],
-                len(task.classes),
-                ks,
-                device=device,
-            )
-        for k, probabilities in zip(ks, votes):
-            variant = f"k = {k}" if len(ks) > 1 else ""
-            answers.append(Answer(encoder.name, variant, encoder.encoder, probabilities, {"k": k}))
-    parameters = {"k": list(ks), "temperature": TEMPERATURE, "similarity": "cosine"}
-    return _conclude(question, task, split, leaks, answers, "dinov2-knn", parameters, "tile")
-
-
-def run_preset(question: Question, name: str, family: str, device: str = "cpu") -> dict[str, Any]:
-    """Probe by a protocol under the name that a paper gave it; see :mod:`eosin.eval.presets`. Write the results.
-
-    Raises UserError for a preset that is not of ``family``: "knn" or "logistic".
-    """
-    from eosin.eval.presets import PRESETS, preset, preset_probabilities
-
-    if (chosen := preset(name)).protocol != family:
-        valid = ", ".join(other for other, p in PRESETS.items() if p.protocol == family)
-        raise UserError(f"preset '{name}' is of another kind; valid here: {valid}")
-    task, split, leaks = _prepare(question)
-    smallest = min(int(learned.sum()) for learned, _ in split)
-    ks = chosen.parameters.get("k", ())
-    if ks and max(ks) > smallest:
-        raise UserError(f"preset '{name}' asks {max(ks)} neighbors of {smallest} samples; give --k instead")
-    answers = []
-    for encoder in task.encoders:
-        found = np.empty((max(len(ks), 1), len(split.rows), len(task.classes)))
-        made = []
-        for rows, learned, scored in _folds(split, f"{name}, {encoder.name}"):
-            found[:, rows], details = preset_probabilities(
-                name,
-                encoder.features[scored],
-                encoder.features[learned],
-                task.labels[learned],
-                len(task.classes),
-                device,
-            )
-            made.append(details)
-        for number, probabilities in enumerate(found):
-            variant = f"k = {ks[number]}" if len(ks) > 1 else ""
-            by_fold = {"by_fold": [details[number] for details in made]}
-            answers.append(Answer(encoder.name, variant, encoder.encoder, probabilities, by_fold))
-    parameters = {**chosen.parameters, "paper": chosen.paper}
-    return _conclude(question, task, split, leaks, answers, name, parameters, "tile")
-
-
-def run_linear(question: Question, device: str = "cpu") -> dict[str, Any]:
-    """Probe by logistic regression; see :mod:`eosin.eval.linear`. Write and return the results."""
-    task, split, leaks = _prepare(question)
-    answers = [_linear(question, task, split, encoder, "", encoder.features, device) for encoder in task.encoders]
-    return _conclude(question, task, split, leaks, answers, "linear", _linear_parameters(), "tile")
-
-
-def run_mil(question: Question, bag: str = "slide", device: str = "cpu") -> dict[str, Any]:
-    """Probe bags of tiles by mean pooling and by gated attention; see :mod:`eosin.eval.mil`.
-
-    Writes and returns the results; the attention that each tile got from the model that did not see its group is
-    written beside them.
-    """
-    import pandas as pd
-
-    from eosin.eval.mil import AttentionProtocol, attention_probabilities, mean_pool
-
-    tiles = load_task(question.embeddings, question.label, question.group, question.labels, question.key)
-    task, bags = pool_task(tiles, bag)
-    same_in_bags(tiles, bags, _columns(question))
-    split = _split(question, task)
-    leaks = _leaks(question, Split(split.kind, split.assigned[:, bags]), tiles)
-    protocol = AttentionProtocol()
-    answers, attentions = [], []
-    for encoder in task.encoders:
-        pooled = mean_pool(encoder.features, bags, len(task.labels))
-        answers.append(_linear(question, task, split, encoder, "mean", pooled, device))
-        probabilities = np.empty((protocol.repeats, len(split.rows), len(task.classes)), dtype=np.float32)
-        attention, times = np.zeros(len(bags)), np.zeros(len(bags), dtype=np.int64)
-        for fold, (rows, learned, scored) in enumerate(_folds(split, f"attention, {encoder.name}")):
-            used = learned | scored
-            tile = used[bags]
-            probabilities[:, rows], weights = attention_probabilities(
-                encoder.features[tile],
-                (np.cumsum(used) - 1)[bags[tile]],
-                task.labels[used],
-                scored[used],
-                len(task.classes),
-                hash32(question.seed, purpose("mil fold"), fold),
-                protocol,
-                device,
-            )
-            attention[scored[bags]] += weights
-            times += scored[bags]
-        spread = [_primary(task, split, p) for p in probabilities]
-        details = {f"{PRIMARY}_by_repeat": spread}
-        answers.append(Answer(encoder.name, "attention", encoder.encoder, probabilities.mean(axis=0), details))
-        columns = {"encoder": encoder.name, "key": tiles.keys, "slide": task.keys[bags]}
-        columns["attention"] = (attention / np.maximum(times, 1)).astype(np.float32)
-        attentions.append(pd.DataFrame(columns)[times > 0])
-    parameters = {
-        "bag": bag,
-        "mean": _linear_parameters(),
-        "attention": asdict(protocol),
-        "tiles": len(bags),
-    }
-    with atomic_path(attention_path(question.out)) as temporary:
-        pd.concat(attentions).to_parquet(temporary, index=False)
-    return _conclude(question, task, split, leaks, answers, "mil", parameters, bag)
-
-
-def attention_path(path: Path) -> Path:
-    """Path of the tiles' attention that belongs to the results of :func:`run_mil` at ``path``.
-
-    Its columns are encoder, key (of the tile), slide (of the bag) and attention, which sums to 1 over a bag.
-    """
-    return path.with_suffix(".attention.parquet")
-
-
-def _prepare(question: Question) -> tuple[Task, Split, list[dict[str, Any]]]:
+def prepare(question: Question) -> tuple[Task, Split, list[dict[str, Any]]]:
     """The task, its split and what leaks through it; all refusals happen before the first fit."""
     task = load_task(question.embeddings, question.label, question.group, question.labels, question.key)
-    for column, option in _columns(question).items():
+    for column, option in asked_columns(question).items():
         column_of(task, column, option)
-    split = _split(question, task)
-    return task, split, _leaks(question, split, task)
+    split = make_split(question, task)
+    return task, split, leaks_of(question, split, task)
 
 
-def _columns(question: Question) -> dict[str, str]:
+def asked_columns(question: Question) -> dict[str, str]:
     """The columns that are asked for beside label and group -> the option that names them."""
     side = {question.side: "--side"} if question.split == "fixed" else {}
     return dict.fromkeys(question.by, "--by") | side | ({question.cluster: "--cluster"} if question.cluster else {})
 
 
-def _split(question: Question, task: Task) -> Split:
+def make_split(question: Question, task: Task) -> Split:
     if question.out.exists() and not _is_results(question.out):
         raise UserError(f"{question.out} exists and holds no results; give another --out")
     if len(task.classes) < 2:
@@ -245,7 +107,7 @@ def _split(question: Question, task: Task) -> Split:
     return splits.fixed(column_of(task, question.side, "--side"), labels, question.side)
 
 
-def _leaks(question: Question, split: Split, task: Task) -> list[dict[str, Any]]:
+def leaks_of(question: Question, split: Split, task: Task) -> list[dict[str, Any]]:
     """What stands on both sides; refused unless a reason to allow it was given."""
     if question.allow_leak is not None and not question.allow_leak.strip():
         raise UserError("--allow-leak needs a reason, which the results will carry")
@@ -259,7 +121,7 @@ def _leaks(question: Question, split: Split, task: Task) -> list[dict[str, Any]]
     return found
 
 
-def _folds(split: Split, desc: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def each_fold(split: Split, desc: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """The rows that each fold answers, [M] bool, and its sides, learned from and scored, [N] bool; with progress."""
     folds = split.folds
     for fold, (learned, scored) in enumerate(progress(split, total=len(split), desc=desc, unit="folds")):
@@ -273,45 +135,7 @@ def _is_results(path: Path) -> bool:
         return False
 
 
-def _linear(
-    question: Question,
-    task: Task,
-    split: Split,
-    encoder: Embeddings,
-    variant: str,
-    features: np.ndarray,
-    device: str,
-) -> Answer:
-    from eosin.eval.linear import linear_probabilities
-
-    probabilities = np.empty((len(split.rows), len(task.classes)))
-    chosen: list[float] = []
-    for rows, learned, scored in _folds(split, f"linear, {encoder.name}"):
-        probabilities[rows], strength = linear_probabilities(
-            features[scored],
-            features[learned],
-            task.labels[learned],
-            task.groups[learned],
-            len(task.classes),
-            hash32(question.seed, purpose("linear fold"), len(chosen)),
-            device=device,
-        )
-        chosen.append(strength)
-    return Answer(encoder.name, variant, encoder.encoder, probabilities, {"C": chosen})
-
-
-def _linear_parameters() -> dict[str, Any]:
-    from eosin.eval import linear
-
-    return {
-        "objective": "C * sum of cross-entropy + 0.5 * ||W||^2, free intercept, features standardized",
-        "C": list(linear.GRID),
-        "inner_folds": linear.INNER_FOLDS,
-        "tolerance": linear.TOLERANCE,
-    }
-
-
-def _conclude(
+def conclude(
     question: Question,
     task: Task,
     split: Split,
@@ -341,6 +165,7 @@ def _conclude(
         "parameters": parameters
         | ({"folds": question.folds} if question.split in ("kfold", "monte-carlo") else {})
         | {"seed": question.seed, "bootstrap_draws": statistics.DRAWS, "level": statistics.LEVEL},
+        "primary": PRIMARY,
         "label": question.label,
         "group": question.group,
         "unit": unit,
@@ -369,7 +194,7 @@ def _conclude(
     return results
 
 
-def _primary(task: Task, split: Split, probabilities: np.ndarray) -> float:
+def primary(task: Task, split: Split, probabilities: np.ndarray) -> float:
     """The primary metric over all answers."""
     groups = np.zeros(len(split.rows), dtype=np.int64)
     return float(metrics.evaluate(task.labels[split.rows], probabilities, groups, np.ones((1, 1)))[PRIMARY][0])

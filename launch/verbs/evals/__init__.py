@@ -1,0 +1,1 @@
+"""What ``eosin eval`` does: a module for those that are asked alike."""
