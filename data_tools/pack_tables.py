@@ -91,6 +91,8 @@ def _look(path: Path, name: str) -> _Arrays:
                 raise UserError(f"{path} holds {held or f'no images; its datasets are: {shorten(list(sets)) or 0}'}")
             for where in images:
                 _refuse_unsafe(path, sets[where])
+            if images and (labels := shapes.get("y", ())) and labels[:1] != (rows,):
+                raise UserError(f"{path} holds {labels[0]} labels in 'y' for {rows} images; mend or remove 'y'")
     except OSError as error:
         raise UserError(f"{path} is not readable as HDF5, or cut: {' '.join(str(error).split())[:120]}") from None
     return _Arrays(path, name, "".join(images), rows, "".join(coords[:1]), columns)
@@ -235,9 +237,10 @@ def _image_column(path: Path, schema: pa.Schema) -> str:
 
     found = [column.name for column in schema if of_bytes(column.type)]
     chosen = found if len(found) == 1 else [name for name in IMAGE_COLUMNS if name in found]
+    chosen = ["image"] if "image" in chosen else chosen
     if not found:
         raise UserError(f"{path} has no column of image bytes; its columns are: {shorten(schema.names, limit=12)}")
-    if not chosen:
+    if len(chosen) != 1:
         raise UserError(f"{path} has several columns of bytes: {shorten(found)}; call that of the images 'image'")
     return chosen[0]
 

@@ -106,6 +106,7 @@ def test_hdf5_mistakes(tmp_path, run):
         ([tmp_path / "cut.h5"], [], "is not readable as HDF5, or cut"),
         ([tmp_path / "text.h5"], [], "is not readable as HDF5, or cut"),
         ([good, good], [], "is given twice"),
+        ([write("short", x=images, y=np.zeros(3))], [], "holds 3 labels in 'y' for 4 images"),
         ([write("none", x=images[:0])], [], "none.h5 holds no image"),
         ([tmp_path / "none.h5"], ["--modality=xray"], "none.h5 holds no image"),
         ([good], ["--manifest=m.csv"], "carry their own columns"),
@@ -208,6 +209,7 @@ def test_parquet_mistakes(tmp_path, run):
     for path, options, said in (
         (write_parquet(tmp_path / "none.parquet", {"a": [1], "b": ["x"]}), [], "has no column of image bytes"),
         (write_parquet(tmp_path / "two.parquet", {"a": [b"1"], "b": [b"2"]}), [], "several columns of bytes: a, b"),
+        (write_parquet(tmp_path / "both.parquet", {"jpg": [b"1"], "png": [b"2"]}), [], "columns of bytes: jpg, png"),
         (good, ["--group=grad"], "has no column 'grad'; did you mean 'grade'?"),
         (tmp_path / "cut.parquet", [], "is not readable as Parquet, or cut"),
         (write_parquet(tmp_path / "empty.parquet", {"jpg": pa.array([], pa.binary())}), [], "holds no rows"),
