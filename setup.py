@@ -27,7 +27,7 @@ setup(
     packages=sorted(packages()),
     package_dir=packages(),
     package_data={
-        "eosin.configs": ["*.yaml"],
+        "eosin.configs": ["*.yaml", "suites/*.yaml"],
         "eosin.data_tools": ["*.html.j2"],
         "eosin.eval": ["*.html.j2"],
         "eosin.launch": ["*.md.j2"],

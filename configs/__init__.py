@@ -1,15 +1,16 @@
-"""Training recipes as YAML. This package holds no code beyond finding them."""
+"""Training recipes and suites of evaluations as YAML. This package holds no code beyond finding them."""
 
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
+SUITES = "suites"
 
 
-def names() -> list[str]:
-    """Names of the recipes shipped with Eosin, sorted."""
-    return sorted(p.stem for p in FOLDER.glob("*.yaml"))
+def names(kind: str = "") -> list[str]:
+    """Names of the recipes shipped with Eosin, sorted; of the suites where ``kind`` is :data:`SUITES`."""
+    return sorted(p.stem for p in (FOLDER / kind).glob("*.yaml"))
 
 
-def path(name: str) -> Path:
-    """Path of the shipped recipe ``name``; it need not exist."""
-    return FOLDER / f"{name}.yaml"
+def path(name: str, kind: str = "") -> Path:
+    """Path of the shipped recipe or suite ``name``; it need not exist."""
+    return FOLDER / kind / f"{name}.yaml"

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA = "1"
+KEYS_ONLY = "keys "  # begins what a fingerprint says of ``shards`` where nothing is known of the tiles but their keys
 TYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
 
 
@@ -74,6 +75,7 @@ def write_embeddings(path: Path | str, embeddings: Embeddings) -> None:
             save_file(tensors, temporary, metadata)
         except SafetensorError as error:  # how it says that the disk is full
             raise UserError(f"cannot write {path}: {error}; free some space and run the same command again") from None
+        _sort_header(temporary)
         temporary.chmod(0o644)  # safetensors makes it readable by its owner only
 
 
@@ -103,6 +105,18 @@ def read_embeddings(path: Path | str) -> Embeddings:
     except SafetensorError as error:
         raise UserError(f"{path} is not readable as safetensors: {error}") from None
     return Embeddings(_mapped(path, "features"), pd.DataFrame(columns), json.loads(metadata["encoder"]), path)
+
+
+def _sort_header(path: Path) -> None:
+    """Sort the header's keys, whose order safetensors leaves to chance, so that equal content is equal bytes."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        text = json.dumps(header, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) > length:
+            raise ValueError(f"the header of {path} has {len(text)} bytes when sorted, and {length} before")
+        file.seek(8)
+        file.write(text.ljust(length))  # the format pads with spaces
 
 
 def _mapped(path: Path, name: str) -> np.ndarray:

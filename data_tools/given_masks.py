@@ -11,13 +11,16 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from eosin.data_tools.errors import Refusal, UserError
 from eosin.data_tools.slide import MAX_IMAGE_PIXELS
 from eosin.data_tools.sources import Source, find_files, shorten, without_ending
+
+if TYPE_CHECKING:
+    from PIL.ImageFile import ImageFile
 
 IMAGES = (".png", ".tif", ".tiff")
 OUTLINES = (".geojson", ".json")
@@ -74,7 +77,7 @@ def find_masks(folder: Path, sources: Sequence[Source]) -> tuple[dict[str, Path]
     masks: dict[str, Path] = {}
     stray = []
     for path in found:
-        fits = next((by_name[name] for name in _names(path.relative_to(folder)) if name in by_name), set())
+        fits = next((by_name[name] for name in called(path.relative_to(folder)) if name in by_name), set())
         if len(fits) > 1:
             raise UserError(f"{path} fits the slides {shorten(sorted(fits))}; name it as one of them, folders and all")
         if not fits:
@@ -113,7 +116,7 @@ def read_mask(path: Path, size: tuple[int, int], shape: tuple[int, int]) -> np.n
         raise Refusal(f"no usable mask: {path.name}: {OTHERS[suffix]}")
     try:
         if suffix in OUTLINES:
-            return _fill(_outlines(path, size), size, shape)
+            return fill(_outlines(path, size), size, shape)
         mask = _png(path) if suffix == ".png" else _tiff(path, shape)
     except Refusal as refusal:
         raise Refusal(f"no usable mask: {path.name}: {refusal}") from None
@@ -131,22 +134,27 @@ def read_mask(path: Path, size: tuple[int, int], shape: tuple[int, int]) -> np.n
     return mask[rows[:, None], columns]
 
 
-def _names(path: Path) -> Iterator[str]:
-    """What a mask's slide may be called, the likeliest first."""
+def called(path: Path) -> Iterator[str]:
+    """What a mask's slide may be called, the likeliest first; of a path relative to the masks' folder."""
     for way in (path, Path(path.name)):
         name = without_ending(way)
         yield name
         yield from (name.removesuffix(ending) for ending in ENDINGS if name.endswith(ending))
 
 
-def _png(path: Path) -> np.ndarray:
+def open_png(path: Path) -> ImageFile:
+    """A PNG that is not too large; not decoded yet. Raises Refusal, and what Pillow raises."""
     from PIL import Image
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         image = Image.open(path, formats=["PNG"])
-    with image:
-        _refuse_huge(*image.size)
+    _refuse_huge(*image.size)
+    return image
+
+
+def _png(path: Path) -> np.ndarray:
+    with open_png(path) as image:
         if image.mode in ("1", "L") or image.mode.startswith("I"):  # 1, 8 and 16 bits
             return np.asarray(image) != 0
         pixels = np.asarray(image.convert("RGBA"))  # [H, W, 4]
@@ -154,7 +162,19 @@ def _png(path: Path) -> np.ndarray:
 
 
 def _tiff(path: Path, shape: tuple[int, int]) -> np.ndarray:
-    """The coarsest level that is no coarser than the thumbnail, else the finest."""
+    pixels, black = read_tiff(path, shape)
+    if pixels.ndim == 3:
+        # A fourth sample is transparency.
+        return (pixels[..., :3] != black).any(axis=-1) & (pixels[..., 3:] != 0).all(axis=-1)
+    return pixels != black
+
+
+def read_tiff(path: Path, shape: tuple[int, int]) -> tuple[np.ndarray, int]:
+    """Of a TIFF the coarsest level that is no coarser than (height, width) ``shape``, else the finest.
+
+    Returns:
+        Integers [H, W] or [H, W, S], and the value that is black. Raises Refusal, and what tifffile raises.
+    """
     import tifffile
 
     with tifffile.TiffFile(path) as tiff:
@@ -165,12 +185,8 @@ def _tiff(path: Path, shape: tuple[int, int]) -> np.ndarray:
         level = min(fine_enough, key=lambda level: level.shape[0], default=series)
         _refuse_huge(level.shape[1], level.shape[0])
         page = level.keyframe
-        pixels = level.asarray()
         black = (1 << page.bitspersample) - 1 if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE else 0
-    if pixels.ndim == 3:
-        # A fourth sample is transparency.
-        return (pixels[..., :3] != black).any(axis=-1) & (pixels[..., 3:] != 0).all(axis=-1)
-    return pixels != black
+        return level.asarray(), black
 
 
 def _refuse_huge(width: int, height: int) -> None:
@@ -179,62 +195,77 @@ def _refuse_huge(width: int, height: int) -> None:
 
 
 def _outlines(path: Path, size: tuple[int, int]) -> list[list[np.ndarray]]:
-    """The polygons of a GeoJSON file: each its outer ring and its holes, float64 [n, 2] in pixels of the finest level.
+    """The polygons of a GeoJSON file that count. Raises Refusal where there are none, or not of this slide."""
+    left_out: set[str] = set()
+    found: list[list[np.ndarray]] = []
+    for geometry, properties in features(path):
+        if reason := _passed_over(properties):
+            left_out.add(reason)
+        else:
+            found += polygons(geometry, size)
+    if not found:
+        more = f"; left out: {shorten(sorted(left_out))}" if left_out else ""
+        raise Refusal(f"it outlines no tissue{more}")
+    return found
 
-    Raises Refusal where there are none, or where they are not of this slide.
-    """
+
+def features(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Every geometry of a GeoJSON file in order, with the properties of its feature. Raises Refusal."""
     if path.stat().st_size > MAX_GEOJSON_BYTES:
         raise Refusal(f"{path.stat().st_size >> 20} MiB, above {MAX_GEOJSON_BYTES >> 20}; outline the tissue alone")
     try:
         root = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise Refusal(f"not JSON: {' '.join(str(error).split())[:160]}") from None
-    left_out: list[str] = []
-    found = [polygon for geometry in _geometries(root, left_out) for polygon in _polygons(geometry)]
-    polygons = [[_ring(ring, size) for ring in _listed(polygon)] for polygon in found if polygon != []]
-    if not polygons:
-        more = f"; left out: {shorten(sorted(set(left_out)))}" if left_out else ""
-        raise Refusal(f"it outlines no tissue{more}")
-    return polygons
-
-
-def _geometries(root: Any, left_out: list[str]) -> Iterator[dict[str, Any]]:
-    """Every geometry that counts, in order; names of classes and kinds that do not go into ``left_out``."""
-    todo = [root]
+    todo: list[tuple[Any, dict[str, Any]]] = [(root, {})]
     while todo:
-        item = todo.pop()
+        item, properties = todo.pop()
         if isinstance(item, list):
-            todo += reversed(item)
+            todo += ((part, properties) for part in reversed(item))
             continue
         if not isinstance(item, dict) or not isinstance(item.get("type"), str):
             raise Refusal("not GeoJSON: an object with a 'type' was expected")
         if item["type"] == "FeatureCollection":
-            todo.append(_listed(item.get("features")))
+            todo.append((_listed(item.get("features")), properties))
         elif item["type"] == "GeometryCollection":
-            todo.append(_listed(item.get("geometries")))
+            todo.append((_listed(item.get("geometries")), properties))
         elif item["type"] != "Feature":
-            yield item
-        elif reason := _passed_over(item.get("properties") or {}):
-            left_out.append(reason)
-        elif item.get("geometry") is not None:
-            todo.append(item["geometry"])
+            yield item, properties
+        else:
+            own = item.get("properties") or {}
+            if not isinstance(own, dict):
+                raise Refusal("not GeoJSON: a feature's properties are no object")
+            if item.get("geometry") is None:
+                yield {"type": "GeometryCollection"}, own
+            else:
+                todo.append((item["geometry"], own))
 
 
-def _passed_over(properties: Any) -> str:
+def _passed_over(properties: dict[str, Any]) -> str:
     """The kind or class by which a feature does not count, "" where it does."""
-    if not isinstance(properties, dict):
-        raise Refusal("not GeoJSON: a feature's properties are no object")
     kind = properties.get("objectType", OBJECTS[0])
     if kind not in OBJECTS:
         return str(kind)
+    for name in classification(properties):
+        if name.endswith("*") or name.casefold().startswith(NOTHING):
+            return name
+    return ""
+
+
+def classification(properties: dict[str, Any]) -> list[str]:
+    """The class of one of QuPath's objects; derived ones, such as "Ignore*: Positive", in their parts."""
     given = properties.get("classification") or {}
     given = given if isinstance(given, dict) else {"name": given}
-    # Derived classes, such as "Ignore*: Positive", are listed in parts or joined by colons.
     names = given.get("names") or str(given.get("name") or "").split(":")
-    for name in map(str, _listed(names)):
-        if name.strip().endswith("*") or name.strip().casefold().startswith(NOTHING):
-            return name.strip()
-    return ""
+    return [name.strip() for name in map(str, _listed(names)) if name.strip()]
+
+
+def polygons(geometry: dict[str, Any], size: tuple[int, int] | None) -> list[list[np.ndarray]]:
+    """The polygons of a geometry, each its outer ring and its holes, float64 [n, 2] in pixels of the finest level.
+
+    Raises Refusal where one reaches far out of a slide of (width, height) ``size``, where that is known.
+    """
+    return [[_ring(ring, size) for ring in _listed(polygon)] for polygon in _polygons(geometry) if polygon != []]
 
 
 def _polygons(geometry: dict[str, Any]) -> list[Any]:
@@ -244,13 +275,15 @@ def _polygons(geometry: dict[str, Any]) -> list[Any]:
     return _listed(geometry.get("coordinates")) if geometry["type"] == "MultiPolygon" else []
 
 
-def _ring(ring: Any, size: tuple[int, int]) -> np.ndarray:
+def _ring(ring: Any, size: tuple[int, int] | None) -> np.ndarray:
     try:
         points = np.asarray(ring, np.float64)[:, :2]
     except (ValueError, TypeError, OverflowError, IndexError):
         raise Refusal("not GeoJSON: a polygon's ring is no list of positions") from None
     if points.ndim != 2 or points.shape[1] != 2 or not np.isfinite(points).all():
         raise Refusal("not GeoJSON: a polygon's ring is no list of finite positions")
+    if size is None:
+        return points
     slack = OVERSHOOT * np.array(size)
     outside = ((points < -slack) | (points > size + slack)).any(axis=1)
     if outside.any():
@@ -268,7 +301,7 @@ def _listed(value: Any) -> list[Any]:
     return value
 
 
-def _fill(polygons: list[list[np.ndarray]], size: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
+def fill(polygons: list[list[np.ndarray]], size: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
     """Whether each pixel's center lies in any polygon, even-odd within one: bool [height, width].
 
     OpenCV's fillPoly also fills whatever an outline touches, which widens the tissue and closes narrow holes.

@@ -26,9 +26,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def run_each(function: Callable[[Any], Any], jobs: Sequence[Any], workers: int) -> Generator[Any, None, None]:
+def run_each(
+    function: Callable[[Any], Any], jobs: Sequence[Any], workers: int, ahead: int = AHEAD
+) -> Generator[Any, None, None]:
     """Results of ``function`` for each job, in order, from a pool of processes.
 
+    ``ahead`` times ``workers`` results are kept at most; give less than the default where they are large.
     Where a job kills its process (a decoder's crash, memory) its result is the string of the reason. A job may be run
     again after another one's crash, so ``function`` must bear that.
     """
@@ -40,7 +43,7 @@ def run_each(function: Callable[[Any], Any], jobs: Sequence[Any], workers: int) 
         done = 0
         with _pool(min(workers, len(todo))) as pool:
             try:
-                for result in _in_order(pool, function, todo, AHEAD * workers):
+                for result in _in_order(pool, function, todo, ahead * workers):
                     yield result
                     done += 1
             except BrokenProcessPool:

@@ -123,7 +123,9 @@ def tile_slides(
     with working_folder(out, config) as folder:
         if not (folder / "dataset.json").exists():
             journal = _tile_all(folder, jobs, chosen, mpp_override, mix, shard_mib << 20, workers or cores())
-            rows = [_row(job, facts, stain or "H&E") for job, facts in sorted(journal, key=lambda pair: pair[0].row)]
+            rows = [
+                slide_row(job, facts, stain or "H&E") for job, facts in sorted(journal, key=lambda pair: pair[0].row)
+            ]
             # A part may be empty: the whole is not.
             if share is None and not any(row["tiles"] for row in rows):
                 reasons = shorten([f"{row['source']}: {row['reason']}" for row in rows], limit=3)
@@ -225,6 +227,21 @@ def find_jobs(
     return jobs, notices, given
 
 
+def slide_row(job: Job, facts: dict[str, Any], stain: str) -> dict[str, Any]:
+    """A slide's row of the slides table: ours first, then the table's further columns as they are."""
+    source = job.source
+    known = {"slide": source.slide, "source": source.listed, "vendor": "", "mpp_source": "", "tissue_mm2": 0.0}
+    known |= {"sections": 0, "magnifications": ""} | {f"dropped_{reason}": 0 for reason in DROP_REASONS} | facts
+    for column, default in (("patient", source.slide), ("site", ""), ("stain", stain)):
+        known[column] = source.facts.get(column) or default
+    further = {
+        f"given_{column}" if column in COLUMNS else column: value
+        for column, value in source.facts.items()
+        if column not in ("patient", "site", "stain")
+    }
+    return {column: known.get(column) for column in COLUMNS} | further
+
+
 def _tile_all(
     folder: Path,
     jobs: list[Job],
@@ -299,21 +316,6 @@ def _forget(folder: Path, job: Job) -> None:
     tar = part(folder, job.source)
     for path in (tar, tar.with_suffix(".npy"), tar.with_suffix(".json"), folder / "attempts" / tar.stem):
         path.unlink(missing_ok=True)
-
-
-def _row(job: Job, facts: dict[str, Any], stain: str) -> dict[str, Any]:
-    """A row of the slides table: ours first, then the table's further columns as they are."""
-    source = job.source
-    known = {"slide": source.slide, "source": source.listed, "vendor": "", "mpp_source": "", "tissue_mm2": 0.0}
-    known |= {"sections": 0, "magnifications": ""} | {f"dropped_{reason}": 0 for reason in DROP_REASONS} | facts
-    for column, default in (("patient", source.slide), ("site", ""), ("stain", stain)):
-        known[column] = source.facts.get(column) or default
-    further = {
-        f"given_{column}" if column in COLUMNS else column: value
-        for column, value in source.facts.items()
-        if column not in ("patient", "site", "stain")
-    }
-    return {column: known.get(column) for column in COLUMNS} | further
 
 
 def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:

@@ -48,6 +48,7 @@ MAX_UNREADABLE = 0.05
 THUMBNAIL_PIXELS, FINEST_THUMBNAIL_MPP = 512, 2.0
 JUDGED = ("blank", "blur", "unreadable")
 DROP_REASONS = ("background", "pen", "edge", "debris", *JUDGED, "outside", "limit")
+DARK = "dark background with light from the specimen, as in fluorescence; brightfield slides are tiled"
 # What a tile's JSON holds of its own; a column of --coords with such a name is kept as given_<name>.
 OWN = ("key", "slide", "x", "y", "mpp", "tissue", "section", "core")
 
@@ -255,9 +256,21 @@ def choose(slide: Slide, settings: Settings, seen: Seen, mpp: float, dropped: Co
 def encode(
     slide: Slide, places: Places, rows: np.ndarray, settings: Settings, dropped: Counter[str], judged: bool
 ) -> Iterator[tuple[int, bytes]]:
-    """Row and bytes of the tiles of ``places`` that can be read and, where asked, pass :func:`judge`, in order."""
+    """Row and bytes of the tiles of :func:`read_tiles`."""
     import simplejpeg
 
+    for row, tile in read_tiles(slide, places, rows, settings, dropped, judged):
+        if settings.format == "png":
+            yield row, cv2.imencode(".png", tile[..., ::-1])[1].tobytes()
+        else:
+            yield row, simplejpeg.encode_jpeg(np.ascontiguousarray(tile), settings.quality, "RGB", SUBSAMPLING)
+
+
+def read_tiles(
+    slide: Slide, places: Places, rows: np.ndarray, settings: Settings, dropped: Counter[str], judged: bool
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Row and pixels, uint8 [S, S, 3], of the tiles of ``places`` that can be read and, where asked, pass
+    :func:`judge`, in order; the others are counted in ``dropped``."""
     margin = (settings.stored_size - settings.tile_size) // 2
     inner = slice(margin, margin + settings.tile_size)
     for row, tile in zip(rows.tolist(), slide.tiles(places.corners[rows], settings.stored_size, places.mpp)):
@@ -267,10 +280,55 @@ def encode(
         reason = judge(tile[inner, inner], settings.thresholds) if judged else None
         if reason:
             dropped[reason] += 1
-        elif settings.format == "png":
-            yield row, cv2.imencode(".png", tile[..., ::-1])[1].tobytes()
         else:
-            yield row, simplejpeg.encode_jpeg(np.ascontiguousarray(tile), settings.quality, "RGB", SUBSAMPLING)
+            yield row, tile
+
+
+def choose_all(
+    slide: Slide, settings: Settings, seen: Seen, facts: dict[str, Any], dropped: Counter[str]
+) -> list[Places]:
+    """The places of a slide's tiles at each µm/px that it can give; what is learned of it goes into ``facts``."""
+    facts["tissue_mm2"] = float(seen.tissue.mask.sum() * seen.mpp**2 / 1e6)
+    facts["sections"] = int(seen.sections.max(initial=0))
+    chosen, too_coarse = [], []
+    for mpp in settings.mpp:
+        try:
+            chosen.append(choose(slide, settings, seen, mpp, dropped))
+        except Refusal as refusal:
+            too_coarse.append(refusal)
+    if not chosen:
+        raise too_coarse[0]
+    return chosen
+
+
+def tile_facts(name: str, places: Places, row: int, section: int) -> dict[str, Any]:
+    """What is known of a tile of slide ``name``: what is stored with it."""
+    x, y = places.corners[row].tolist()
+    meta: dict[str, Any] = {"slide": name, "x": x, "y": y, "mpp": places.mpp}
+    meta |= {"tissue": round(float(places.tissue[row]), 3), "section": section}
+    if places.facts:
+        meta |= {f"given_{k}" if k in OWN else k: v for k, v in places.facts[row].items()}
+    return meta
+
+
+def count_kept(
+    tiles: int, chosen: list[Places], settings: Settings, facts: dict[str, Any], dropped: Counter[str], given: bool
+) -> None:
+    """Note in ``facts`` what became of a slide's places, of which ``tiles`` were kept; ``given``: by a table.
+
+    Raises Refusal where that is none, or so few that the slide is damaged.
+    """
+    facts |= {f"dropped_{reason}": dropped[reason] for reason in DROP_REASONS}
+    facts["magnifications"] = " ".join(f"{places.mpp:g}" for places in chosen)
+    bad = dropped["unreadable"]
+    if bad > MAX_UNREADABLE * (tiles + bad):
+        raise Refusal(f"damaged: {bad} of {tiles + bad} tiles cannot be decoded")
+    if not tiles:
+        if given:
+            raise Refusal("none of the given places is inside the slide")
+        found = f"{facts['tissue_mm2']:.3g} mm² of tissue were found"
+        raise Refusal(f"no tile is at least {settings.min_tissue:.0%} tissue and in order; {found}")
+    facts["tiles"] = tiles
 
 
 def _tiled(
@@ -303,36 +361,17 @@ def _tile_slide(
     show = partial(_show, folder / "qc" / f"{slide_key(name)}.png", slide.thumbnail(show_mpp), show_mpp)
     if seen is None:
         show(None, [])
-        raise Refusal("dark background with light from the specimen, as in fluorescence; brightfield slides are tiled")
-    facts["tissue_mm2"] = float(seen.tissue.mask.sum() * seen.mpp**2 / 1e6)
-    facts["sections"] = int(seen.sections.max(initial=0))
+        raise Refusal(DARK)
     dropped: Counter[str] = Counter()
-    chosen, too_coarse = [], []
-    for mpp in settings.mpp:
-        try:
-            chosen.append(choose(slide, settings, seen, mpp, dropped))
-        except Refusal as refusal:
-            too_coarse.append(refusal)
-    if not chosen:
-        raise too_coarse[0]
+    chosen = choose_all(slide, settings, seen, facts, dropped)
     writer = TarWriter(tar)
     boxes = []
     for places in chosen:
         kept = _write(slide, job, settings, places, seen, writer, dropped)
         boxes.append(places.boxes(slide.mpp / show_mpp)[kept])
     index = writer.close()
-    facts |= {f"dropped_{reason}": dropped[reason] for reason in DROP_REASONS}
-    facts["magnifications"] = " ".join(f"{places.mpp:g}" for places in chosen)
     show(seen, boxes)
-    bad = dropped["unreadable"]
-    if bad > MAX_UNREADABLE * (len(index) + bad):
-        raise Refusal(f"damaged: {bad} of {len(index) + bad} tiles cannot be decoded")
-    if not len(index):
-        if seen.coords is not None:
-            raise Refusal("none of the given places is inside the slide")
-        found = f"{facts['tissue_mm2']:.3g} mm² of tissue were found"
-        raise Refusal(f"no tile is at least {settings.min_tissue:.0%} tissue and in order; {found}")
-    facts["tiles"] = len(index)
+    count_kept(len(index), chosen, settings, facts, dropped, seen.coords is not None)
     return index
 
 
@@ -359,14 +398,10 @@ def _write(
     section_of = box_labels(seen.sections, boxes)
     name, kept = job.source.slide, []
     for row, image in tiles:
-        x, y = places.corners[row].tolist()
-        meta: dict[str, Any] = {"slide": name, "x": x, "y": y, "mpp": places.mpp}
-        meta |= {"tissue": round(float(places.tissue[row]), 3), "section": section_of[row]}
+        meta = tile_facts(name, places, row, section_of[row])
         if seen.cores:
             meta["core"] = seen.cores.names[cores[row] - 1]
-        if places.facts:
-            meta |= {f"given_{k}" if k in OWN else k: v for k, v in places.facts[row].items()}
-        writer.add(tile_key(name, x, y, places.mpp), image, settings.format, meta)
+        writer.add(tile_key(name, meta["x"], meta["y"], places.mpp), image, settings.format, meta)
         kept.append(row)
     return kept
 

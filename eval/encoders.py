@@ -1,33 +1,39 @@
 """Encoders: tiles in, features out, with a fingerprint that says exactly what made them.
 
     run folder       the newest checkpoint's teacher, with the run's input size, colors and stain normalization
+    RUN@STEP         the same of another checkpoint that is still there
     release folder   timm's config.json and model.safetensors, with preprocessing.json where the model has one
     random:FOLDER    the same network and preprocessing with untrained weights: what the architecture alone is worth
     timm:NAME        any timm model; random weights unless pretrained ones are asked for
+    torchvision:NAME the same of torchvision's classifiers
+    hf-hub:OWNER/NAME  a timm model or a release on the Hugging Face Hub, with its weights
+    module:function  what a function of the user's own makes, see :mod:`eosin.eval.encoder_code`
     color            twelve color statistics: what color alone is worth
 
+Features are float32 whatever the precision: a reduced one costs no more than it must, and probes compute in float32.
 Weights load in full or not at all; nothing here trains.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from eosin.data_tools.draws import purpose
-from eosin.data_tools.errors import UserError, nearest
-from eosin.data_tools.files import read_json
-from eosin.ssl.whole_tiles import preprocess
+from eosin.data_tools.errors import UserError
+from eosin.eval.color import color_statistics
+from eosin.eval.encoder_code import from_code, is_code
+from eosin.eval.encoder_hub import from_hub
+from eosin.eval.encoder_sources import from_folder, from_timm, from_torchvision
+from eosin.eval.features import Network, weights_sha256
+from eosin.ssl.seen import NOTHING, Seen
 
-POOLINGS = ("cls", "mean", "cls+mean")
-KINDS = "a run folder, a release folder, random:FOLDER, timm:NAME or color"
-INIT_SEED = purpose("random encoder")
+__all__ = ["PRECISIONS", "Encoder", "color_statistics", "load_encoder", "pick_device", "weights_sha256"]
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PROBE = 8  # pixels, of the black tile by which a network shows what it can give
 
 
 @dataclass(frozen=True)
@@ -36,11 +42,15 @@ class Encoder:
 
     Attributes:
         name: for tables and plots.
-        fingerprint: plain data; equal fingerprints give equal features on one device.
+        fingerprint: plain data; equal fingerprints give equal features on one device, but for what a function of the
+            user's own does outside its weights and source file.
         stain: the stain normalization that tiles need first, None for none
             (see :func:`~eosin.ssl.stain.normalizer.describe`).
         device: where tiles must be.
         function: uint8 tiles [B, 3, H, W] -> features [B, D].
+        tokens: uint8 tiles [B, 3, H, W] -> patch tokens [B, h, w, D], float32, after the last norm and without the
+            class token and registers; of a convolutional network its last map. None where there are none.
+        seen: what pretraining saw; None where that is not known.
     """
 
     name: str
@@ -48,6 +58,8 @@ class Encoder:
     stain: dict[str, Any] | None
     device: torch.device
     function: Callable[[torch.Tensor], torch.Tensor]
+    tokens: Callable[[torch.Tensor], torch.Tensor] | None = None
+    seen: Seen | None = None
 
     @torch.inference_mode()
     def __call__(self, tiles: torch.Tensor) -> torch.Tensor:
@@ -56,28 +68,43 @@ class Encoder:
 
 
 def load_encoder(
-    encoder: str, *, pooling: str = "cls", pretrained: bool = False, device: torch.device | str = "cpu"
+    encoder: str,
+    *,
+    pooling: str = "auto",
+    layers: int = 1,
+    pretrained: bool = False,
+    precision: str = "auto",
+    stain: str | None = None,
+    device: torch.device | str = "cpu",
+    name: str | None = None,
 ) -> Encoder:
     """Load the encoder named by ``encoder``, one of the forms in this module's docstring.
 
     Args:
-        pooling: "cls" (class token), "mean" (of patch tokens; of the whole map for models without tokens) or
-            "cls+mean" (both, concatenated).
-        pretrained: for ``timm:NAME``, use timm's released weights.
+        pooling: "cls" (class token), "mean" (of patch tokens; of the whole map for models without tokens), "cls+mean"
+            (both, concatenated), or "auto": the class token where there is one, else the mean; of a function of the
+            user's own, what it gives.
+        layers: the class tokens of so many last blocks, concatenated (timm's models; as DINOv2's linear evaluation).
+        pretrained: for ``timm:NAME`` and ``torchvision:NAME``, use released weights.
+        precision: of the network, one of PRECISIONS; "auto" is bf16 on a GPU and else fp32.
+        stain: "tile" or "slide": Macenko's normalization to Eosin's reference, "off", or None: what the encoder
+            itself asks for.
+        name: for tables and plots, in place of the encoder's own.
 
     Raises:
         UserError: no such encoder, weights that do not fit, or a pooling that the model cannot give.
     """
     device = torch.device(device)
-    kind, _, rest = encoder.partition(":")
+    if layers < 1:
+        raise UserError(f"--layers {layers} is not a number of blocks; give 1 or more")
     if encoder == "color":
-        fingerprint = {"name": "color", "statistics": "mean, deviation, 10th and 90th percentile of R, G and B"}
-        return Encoder("color", fingerprint, None, device, color_statistics)
-    if kind == "timm":
-        return _timm_encoder(rest, pooling, pretrained, device)
-    if kind == "random":
-        return _folder_encoder(Path(rest), pooling, device, trained=False)
-    return _folder_encoder(Path(encoder), pooling, device, trained=True)
+        fingerprint = {"name": name or "color", "statistics": "mean, deviation, 10th and 90th percentile of R, G and B"}
+        own = _stain(stain, None, encoder)
+        fingerprint |= _stain_fingerprint(own) if own else {}
+        return Encoder(name or "color", fingerprint, own, device, color_statistics, seen=NOTHING)
+    network = _network(encoder, pretrained)
+    network = replace(network, name=name) if name else network
+    return _encoder(network, pooling, layers, precision, stain, device)
 
 
 def pick_device(name: str) -> torch.device:
@@ -92,152 +119,89 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def color_statistics(tiles: torch.Tensor) -> torch.Tensor:
-    """Mean, standard deviation, 10th and 90th percentile of R, G and B of uint8 tiles [B, 3, H, W]: [B, 12] in [0, 1].
-
-    A percentile is the smallest value that at least that share of the pixels does not exceed.
-    """
-    values = tiles.flatten(2).flatten(0, 1).long()  # [B·3, H·W]
-    rows = torch.arange(len(values), device=tiles.device).unsqueeze(1)
-    counts = torch.bincount((values + 256 * rows).flatten(), minlength=256 * len(values)).view(len(values), 256)
-    shares = counts.double() / values.shape[1]
-    level = torch.arange(256, device=tiles.device, dtype=torch.float64)
-    mean = shares @ level
-    deviation = ((level - mean.unsqueeze(1)).square() * shares).sum(dim=1).sqrt()
-    reached = counts.cumsum(dim=1)
-    percentiles = [(reached < q * values.shape[1]).sum(dim=1) for q in (0.1, 0.9)]
-    statistics = torch.stack([mean, deviation, *percentiles]) / 255  # [4, B·3]
-    return statistics.view(4, len(tiles), 3).transpose(0, 1).flatten(1)
-
-
-def pool(model: nn.Module, tokens: torch.Tensor, pooling: str) -> torch.Tensor:
-    """Features [B, D] of what a timm model's ``forward_features`` returned, [B, N, D] or a map."""
-    prefix = getattr(model, "num_prefix_tokens", 0) if tokens.dim() == 3 else 0
-    if "cls" in pooling and not prefix:
-        raise UserError("the model has no class token; give --pooling mean")
-    if tokens.dim() != 3:
-        return model.forward_head(tokens, pre_logits=True)  # type: ignore[operator]
-    # Models built to pool their patches keep the last norm behind the pooling.
-    norm = getattr(model, "fc_norm", nn.Identity())
-    parts = {"cls": lambda: tokens[:, 0], "mean": lambda: tokens[:, prefix:].mean(dim=1)}
-    return torch.cat([norm(parts[part]()) for part in pooling.split("+")], dim=1)
+def _network(encoder: str, pretrained: bool) -> Network:
+    kind, _, rest = encoder.partition(":")
+    if kind == "timm":
+        return from_timm(rest, pretrained)
+    if kind == "torchvision":
+        return from_torchvision(rest, pretrained)
+    if kind == "hf-hub":
+        return from_hub(rest)
+    if kind == "random":
+        return from_folder(Path(rest), trained=False)
+    if kind == "precomputed":
+        raise UserError(f"'{encoder}' is features, not an encoder; 'eosin embed {encoder} --out E.safetensors'")
+    if is_code(encoder) and not Path(encoder).exists():
+        return from_code(encoder)
+    run, _, number = encoder.rpartition("@")
+    at_step = number.isdigit() and not Path(encoder).exists()
+    folder, step = (Path(run), int(number)) if at_step else (Path(encoder), None)
+    return from_folder(folder, trained=True, step=step)
 
 
-def weights_sha256(model: nn.Module) -> str:
-    """SHA-256 over names, types, shapes and bytes of all weights; a run and its release have the same."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _timm_encoder(name: str, pooling: str, pretrained: bool, device: torch.device) -> Encoder:
-    import timm
-    from timm.data import resolve_model_data_config
-
-    base = name.split(".")[0]
-    if not timm.is_model(base):
-        raise UserError(f"timm has no model '{name}'; {nearest(base, timm.list_models())}")
-    try:
-        with torch.random.fork_rng([]):
-            torch.manual_seed(INIT_SEED)
-            model = timm.create_model(name, pretrained=pretrained, num_classes=0)
-    except (RuntimeError, OSError, ValueError) as error:
-        raise UserError(
-            f"timm cannot load '{name}'{' with pretrained weights' if pretrained else ''}: {_short(error)}"
-        ) from None
-    found = resolve_model_data_config(model)
-    preprocessing = {"size": found["input_size"][-1], "mean": list(found["mean"]), "std": list(found["std"])}
-    title = f"timm:{name}" if pretrained else f"random:{name}"
-    return _model_encoder(title, model, preprocessing, None, pooling, device)
-
-
-def _folder_encoder(folder: Path, pooling: str, device: torch.device, *, trained: bool) -> Encoder:
-    if (folder / "config.yaml").is_file():
-        model, preprocessing, stain = _load_run(folder, trained)
-    elif (folder / "config.json").is_file():
-        model, preprocessing, stain = _load_release(folder, trained)
-    else:
-        what = "holds neither config.yaml (a run) nor config.json (a release)" if folder.is_dir() else "does not exist"
-        raise UserError(f"no encoder '{folder}': the folder {what}; give {KINDS}")
-    name = folder.resolve().name
-    return _model_encoder(name if trained else f"random:{name}", model, preprocessing, stain, pooling, device)
-
-
-def _load_run(run: Path, trained: bool) -> tuple[nn.Module, dict[str, Any], dict[str, Any] | None]:
-    """A run's backbone. Untrained, it holds the random weights that training begins with where it has no init_from."""
-    from eosin.ssl.backbone import build_backbone
-    from eosin.ssl.checkpoint import TEACHER, latest, load_teacher
-    from eosin.ssl.config import read_run_config
-    from eosin.ssl.stain.normalizer import describe_run
-
-    config = read_run_config(run)
-    with torch.random.fork_rng([]):
-        torch.manual_seed(config.run.seed)
-        model = build_backbone(config)
-    if trained:
-        load_teacher(latest(run) / TEACHER, model)
-    preprocessing = {"size": config.crops.global_size, "mean": config.augment.mean, "std": config.augment.std}
-    return model, preprocessing, describe_run(run, config.stain)
-
-
-def _load_release(folder: Path, trained: bool) -> tuple[nn.Module, dict[str, Any], dict[str, Any] | None]:
-    import timm
-
-    from eosin.ssl.checkpoint import load_teacher
-
-    config = read_json(folder / "config.json", "timm's description of a model")
-    try:
-        arguments = {"num_classes": config["num_classes"]} | config.get("model_args", {})
-        with torch.random.fork_rng([]):
-            torch.manual_seed(INIT_SEED)
-            model = timm.create_model(config["architecture"], **arguments)
-        found = config["pretrained_cfg"]
-        preprocessing = {"size": found["input_size"][-1], "mean": found["mean"], "std": found["std"]}
-    except KeyError as error:
-        raise UserError(f"{folder / 'config.json'} has no key {error}; it does not describe a timm model") from None
-    except (RuntimeError, TypeError, AssertionError) as error:
-        raise UserError(f"timm cannot build the model of {folder / 'config.json'}: {_short(error)}") from None
-    if trained:
-        load_teacher(folder / "model.safetensors", model)
-    model.reset_classifier(0)  # type: ignore[operator]
-    return model, preprocessing, _release_stain(folder / "preprocessing.json")
-
-
-def _release_stain(path: Path) -> dict[str, Any] | None:
-    """The stain normalization of a release; folders of other makers have none."""
-    from eosin.ssl.stain.normalizer import read_normalization
-
-    stain = read_json(path, "the preprocessing of a release").get("stain") if path.is_file() else None
-    return None if stain is None else read_normalization(stain, path)
-
-
-def _model_encoder(
-    name: str,
-    model: nn.Module,
-    preprocessing: dict[str, Any],
-    stain: dict[str, Any] | None,
-    pooling: str,
-    device: torch.device,
+def _encoder(
+    network: Network, pooling: str, layers: int, precision: str, stain: str | None, device: torch.device
 ) -> Encoder:
-    model = model.eval().requires_grad_(False)
+    if network.model is not None:
+        network.model.eval().requires_grad_(False).to(device)
+    pooling = network.default if pooling == "auto" else pooling
+    if precision == "auto":  # functions of the user's own choose theirs
+        precision = "bf16" if device.type == "cuda" and network.model is not None else "fp32"
+    normalization = _stain(stain, network.stain, network.name)
     fingerprint = {
-        "name": name,
-        "weights": weights_sha256(model),
-        "preprocessing": preprocessing,
-        "stain": stain["mode"] if stain else "off",
-        "normalizer": stain,
+        "name": network.name,
+        **network.identity,
+        **_stain_fingerprint(normalization),
         "pooling": pooling,
-    }
-    model = model.to(device)
+        "precision": precision,
+    } | ({"layers": layers} if layers > 1 else {})
+
+    def run(what: Callable[..., Any], tiles: torch.Tensor, *options: Any) -> Any:
+        images = network.prepare(tiles)
+        dtype = PRECISIONS[precision]
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            return what(images, *options)
 
     def function(tiles: torch.Tensor) -> torch.Tensor:
-        return pool(model, model.forward_features(preprocess(tiles, **preprocessing)), pooling)  # type: ignore[operator]
+        return run(network.read, tiles, pooling, layers)
 
-    function(torch.zeros(1, 3, 8, 8, dtype=torch.uint8, device=device))  # refuses an impossible pooling early
-    return Encoder(name, fingerprint, stain, device, function)
+    @torch.inference_mode()
+    def tokens(tiles: torch.Tensor) -> torch.Tensor:
+        found = run(network.tokens, tiles)
+        if found is None:
+            raise UserError(f"'{network.name}' has no grid of patch tokens")
+        return found.float()
+
+    gives_tokens = True
+    if "source" not in network.identity:  # code of the user's own may take tiles of one size only
+        black = torch.zeros(1, 3, PROBE, PROBE, dtype=torch.uint8, device=device)
+        with torch.inference_mode():
+            function(black)  # refuses an impossible pooling early
+            gives_tokens = run(network.tokens, black) is not None
+    elif network.model is None:
+        gives_tokens = False
+    return Encoder(
+        network.name,
+        fingerprint,
+        normalization,
+        device,
+        function,
+        tokens if gives_tokens else None,
+        network.seen,
+    )
 
 
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def _stain(asked: str | None, own: dict[str, Any] | None, name: str) -> dict[str, Any] | None:
+    """The stain normalization to use: the encoder's own where none is asked for."""
+    from eosin.ssl.config import Stain
+    from eosin.ssl.stain.normalizer import describe
+
+    if asked is None:
+        return own
+    if own is not None:
+        raise UserError(f"'{name}' comes with its own stain normalization; leave --stain {asked} out")
+    return describe(Stain.model_validate({"normalize": asked}))
+
+
+def _stain_fingerprint(stain: dict[str, Any] | None) -> dict[str, Any]:
+    return {"stain": stain["mode"] if stain else "off", "normalizer": stain}

@@ -9,27 +9,194 @@ comparable:
 - ``thunder`` (Marza et al. 2025, "THUNDER: Tile-level histopathology image understanding benchmark"): samples less the
   same mean, class means, then L2-normalized, nearest by cosine; one prediction a sample, by majority over the draws.
 
-Episodes are drawn from (seed, episode), so episode 17 is the same whether 20 or 1,000 are asked for. Nothing is fitted
-or chosen here.
+Episodes are drawn from (seed, episode), so episode 17 is the same whether 20 or 1,000 are asked for. Nothing is chosen
+here, and what is drawn comes from the training side only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from eosin.data_tools.draws import permute, purpose
+from eosin.data_tools.draws import hash32, permute, purpose
 from eosin.data_tools.errors import UserError
+from eosin.data_tools.results import read_results, write_results
+from eosin.eval import metrics, statistics
+from eosin.eval.describe import PRIMARY, verdict
+from eosin.eval.presets import names, preset
+from eosin.eval.question import Answer, Question, conclude, each_fold, prepare
+from eosin.eval.scores import Samples
+from eosin.eval.splits import Split
+from eosin.eval.task import Task, column_of
 
 Form = Literal["uni", "thunder"]
+SHOTS = (1, 2, 4, 8, 16, 32)
 EPISODES = 1000
 CHUNK = 1 << 22  # numbers in a chunk of episodes: of samples drawn, and of scores
-# What learns from some samples and scores others: (queries [Q, D], features [T, D], labels [T], groups [T]) -> [Q, K].
-Probe = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+# What is a mean over samples, so that its mean over episodes is that of each sample's share of right answers.
+LINEAR_METRICS = (PRIMARY, "accuracy")
+
+
+def run_fewshot(
+    question: Question,
+    shots: Sequence[int] = SHOTS,
+    name: str = "uni-simpleshot",
+    episodes: int = EPISODES,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Probe by SimpleShot in the form of a preset; write and return the results.
+
+    In each fold every episode draws its samples from the training side and answers all that is scored; an episode's
+    score is that of its answers in all folds of a pass.
+
+    Args:
+        shots: samples of each class, in turn.
+        name: of a preset of the family simpleshot, whose form is taken, and whether its number is the mean over the
+            episodes or that of their vote.
+    """
+    if (chosen := preset(name)).protocol != "simpleshot":
+        raise UserError(f"preset '{name}' is of another kind; valid here: {', '.join(names('simpleshot'))}")
+    if episodes < 2:
+        raise UserError(f"--episodes {episodes} has no deviation; give 2 or more")
+    task, split, leaks = prepare(question)
+    shots = tuple(dict.fromkeys(shots))
+    _check_shots(shots, task, split)
+    form: Form = chosen.parameters["form"]
+    answers = [
+        _answer(question, task, split, number, count, form, episodes, device)
+        for number in range(len(task.encoders))
+        for count in shots
+    ]
+    parameters = {**chosen.parameters, "episodes": episodes, "shots": list(shots), "paper": chosen.paper}
+    if form == "thunder":
+        return conclude(question, task, split, leaks, answers, name, parameters, "tile")
+    with TemporaryDirectory() as folder:
+        inside = replace(question, out=Path(folder) / "results.json")
+        results = conclude(inside, task, split, leaks, answers, name, parameters, "tile")
+        predictions = read_results(inside.out)[1]
+    _take_means(results, question, task, split, answers)
+    write_results(question.out, results, predictions)
+    return results
+
+
+def _check_shots(shots: Sequence[int], task: Task, split: Split) -> None:
+    if min(shots) < 1:
+        raise UserError(f"--shots {min(shots)} draws nothing; give 1 or more")
+    counts = np.array([np.bincount(task.labels[learned], minlength=len(task.classes)) for learned, _ in split])
+    fold, label = np.unravel_index(counts.argmin(), counts.shape)
+    if counts.min() < max(shots):
+        raise UserError(
+            f"class '{task.classes[label]}' has {counts.min()} samples on the training side of fold {fold}, fewer than "
+            f"{max(shots)} shots; give fewer --shots or leave the class out of the labels"
+        )
+
+
+def _answer(
+    question: Question, task: Task, split: Split, number: int, shots: int, form: Form, episodes: int, device: str
+) -> Answer:
+    """Shares of the episodes that say each class, as probabilities, and what the episodes reach, in the details."""
+    encoder, n_classes, passes = task.encoders[number], len(task.classes), split.passes
+    shares = np.empty((len(split.rows), n_classes))
+    reached = np.zeros((passes.max() + 1, episodes, 2))
+    weights = np.empty((len(split.rows), 2))
+    for one in np.unique(passes):
+        weights[passes == one] = sample_weights(task.labels[split.rows[passes == one]])
+    for fold, (rows, learned, scored) in enumerate(each_fold(split, f"{shots} shots, {encoder.name}")):
+        seed = hash32(question.seed, purpose("few-shot fold"), fold)
+        drawn = draw_episodes(task.labels[learned], n_classes, shots, episodes, seed)
+        said = simpleshot(encoder.features[scored], encoder.features[learned], drawn, form, device=device)
+        shares[rows] = votes(said, n_classes) / episodes
+        reached[passes[rows.argmax()]] += weighted_hits(said, task.labels[scored], weights[rows])
+    found = {
+        metric: {"mean": float(values.mean()), "deviation": float(values.std(ddof=1))}
+        for metric, values in zip(("accuracy", PRIMARY), np.moveaxis(reached, -1, 0))
+    }
+    details = {"shots": shots, "episodes": episodes, "over_episodes": found}
+    return Answer(encoder.name, f"{shots} shot{'s' * (shots > 1)}", encoder.encoder, shares, details)
+
+
+def _take_means(results: dict[str, Any], question: Question, task: Task, split: Split, answers: list[Answer]) -> None:
+    """Put the means over the episodes where the results have what their vote reaches.
+
+    Balanced accuracy, accuracy and recalls are means over samples, so their means over episodes, and the bootstrap of
+    these, follow from the share of the episodes that were right of each sample. The other metrics are not, and go.
+    """
+    rows = split.rows
+    clusters = column_of(task, question.cluster, "--cluster") if question.cluster else task.groups
+    results["chance"] = {metric: results["chance"][metric] for metric in LINEAR_METRICS}
+
+    def samples(inside: np.ndarray) -> Samples:
+        asked = task.labels[rows[inside]], clusters[rows[inside]], split.passes[inside]
+        return Samples.of(*asked, task.classes, False, question.seed)
+
+    everything = np.ones(len(rows), dtype=bool)
+    found = [mean_metrics(samples(everything), a.probabilities) for a in answers]
+    for encoder, (values, recalls) in zip(results["encoders"], found):
+        encoder["metrics"] = {metric: statistics.interval(v) for metric, v in values.items()}
+        for label, recall in zip(task.classes, recalls.T):
+            kept = {key: encoder["classes"][label][key] for key in ("n", "clusters")}
+            encoder["classes"][label] = kept | {"recall": _interval(recall, results["clusters"])}
+        encoder.pop("delong", None)
+    by_name = dict(zip((a.name for a in answers), found))
+    pairs = dict.fromkeys((c["a"], c["b"]) for c in results["comparisons"])
+    results["comparisons"] = [
+        {"a": a, "b": b, "metric": m} | statistics.difference(by_name[a][0][m], by_name[b][0][m])
+        for a, b in pairs
+        for m in LINEAR_METRICS
+    ]
+    for column, table in results["by"].items():
+        texts = column_of(task, column, "--by")[rows]
+        for row in table:
+            inside = texts == (row["value"] or "")
+            part = samples(inside)
+            for answer in answers:
+                values, _ = mean_metrics(part, answer.probabilities[inside])
+                row["encoders"][answer.name] = {m: _interval(v, row["clusters"]) for m, v in values.items()}
+    results["verdict"] = verdict(results)
+    results["notes"].append(
+        "Values are means over the episodes, whose deviation is in the details; intervals are over groups. "
+        "The probabilities, and the calibration, are of the episodes' votes."
+    )
+
+
+def mean_metrics(samples: Samples, shares: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Means over episodes under every draw: of each of :data:`LINEAR_METRICS`, [R], and of the recalls, [R, K].
+
+    Args:
+        samples: M rows.
+        shares: [M, K], of the episodes that say each class of each sample.
+    """
+    right = shares[np.arange(len(shares)), samples.labels]
+    member = np.eye(len(samples.classes))[samples.labels]  # [M, K]
+    recalls, accuracies = [], []
+    for one in np.unique(samples.passes):
+        inside = samples.passes == one
+        groups = samples.groups[inside]
+        counts = metrics.sums(member[inside], groups, samples.weights)  # [R, K]
+        hits = metrics.sums(member[inside] * right[inside, None], groups, samples.weights)
+        with np.errstate(invalid="ignore"):
+            recalls.append(hits / counts)
+            accuracies.append(hits.sum(axis=1) / counts.sum(axis=1))
+    balanced = [metrics.mean_defined(recall) for recall in recalls]
+    found = {PRIMARY: balanced, "accuracy": accuracies}
+    means = {metric: metrics.mean_defined(np.stack(values, axis=-1)) for metric, values in found.items()}
+    return means, metrics.mean_defined(np.stack(recalls, axis=-1))
+
+
+def _interval(values: np.ndarray, groups: int) -> dict[str, Any] | None:
+    """None where undefined, without bounds where there is one group only."""
+    if not np.isfinite(values[0]):
+        return None
+    if groups < 2 or not np.isfinite(values[1:]).any():
+        return {"value": float(values[0]), "low": None, "high": None}
+    return dict(statistics.interval(values))
 
 
 def draw_episodes(labels: np.ndarray, n_classes: int, shots: int, episodes: int, seed: int) -> np.ndarray:
@@ -123,26 +290,30 @@ def episode_scores(said: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np
 
     Args:
         said: [E, Q], class numbers.
-        labels: [Q], class numbers.
+        labels: [Q], the truth.
     """
-    counts = np.bincount(labels)
-    balanced = 1 / (counts[labels] * np.count_nonzero(counts))  # [Q], what a right answer is worth
-    shares = np.stack([np.full(len(labels), 1 / len(labels)), balanced], axis=1)
-    scores = np.empty((len(said), 2))
+    accuracy, balanced = weighted_hits(said, labels, sample_weights(labels)).T
+    return accuracy, balanced
+
+
+def sample_weights(labels: np.ndarray) -> np.ndarray:
+    """What a right answer of each sample adds to accuracy and to balanced accuracy, [Q, 2]."""
+    present, codes, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    return np.stack([np.full(len(labels), 1 / len(labels)), 1 / (len(present) * counts[codes])], axis=1)
+
+
+def weighted_hits(said: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Sums of the weights [Q, S] of what each episode gets right: [E, S]."""
+    scores = np.empty((len(said), weights.shape[1]))
     step = max(1, CHUNK // len(labels))
     for first in range(0, len(said), step):
-        scores[first : first + step] = (said[first : first + step] == labels) @ shares
-    return scores[:, 0], scores[:, 1]
+        scores[first : first + step] = (said[first : first + step] == labels) @ weights
+    return scores
 
 
-def majority(said: np.ndarray, n_classes: int) -> np.ndarray:
-    """The class that most episodes say, the first of those that tie, [Q] int64.
-
-    Args:
-        said: [E, Q], class numbers.
-    """
-    counts = np.stack([(said == number).sum(axis=0) for number in range(n_classes)])  # [K, Q]
-    return counts.argmax(axis=0)
+def votes(said: np.ndarray, n_classes: int) -> np.ndarray:
+    """How many episodes say each class of each sample: [E, Q] -> [Q, K]. The largest is the majority."""
+    return np.stack([(said == number).sum(axis=0) for number in range(n_classes)], axis=1)
 
 
 def label_share(labels: np.ndarray, groups: np.ndarray, ratio: float, seed: int) -> np.ndarray:
@@ -173,31 +344,6 @@ def label_share(labels: np.ndarray, groups: np.ndarray, ratio: float, seed: int)
         if not taken[holders].any():
             taken[holders[place[holders].argmin()]] = True
     return np.flatnonzero(taken[members])
-
-
-def few_ratio(
-    queries: np.ndarray,
-    train: np.ndarray,
-    labels: np.ndarray,
-    groups: np.ndarray,
-    ratios: Sequence[float],
-    seed: int,
-    probe: Probe,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Fit a probe on each share of the labels in turn; see :func:`label_share`.
-
-    Args:
-        queries: [Q, D].
-        train: [T, D].
-        labels, groups: [T].
-        probe: for instance k nearest neighbors, or :func:`eosin.eval.linear.linear_probabilities`, with the rest given.
-
-    Yields:
-        The rows of ``train`` that were learned from, and probabilities [Q, K].
-    """
-    for ratio in ratios:
-        rows = label_share(labels, groups, ratio, seed)
-        yield rows, probe(queries, train[rows], labels[rows], groups[rows])
 
 
 def _features(features: np.ndarray, device: torch.device | str) -> torch.Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -29,78 +30,105 @@ from eosin.eval.splits import Split
 from eosin.eval.task import Task, load_task, pool_task, same_in_bags
 
 
-def run_knn(question: Question, ks: Sequence[int] = (20,), device: str = "cpu") -> dict[str, Any]:
+def run_knn(
+    question: Question, ks: Sequence[int] = (20,), device: str = "cpu", ratios: Sequence[float] = ()
+) -> dict[str, Any]:
     """Probe by k nearest neighbors, every k in one pass; write and return the results.
 
-    See :func:`~eosin.ssl.metrics.knn_probabilities`.
+    See :func:`~eosin.ssl.metrics.knn_probabilities`; ``ratios`` as in :func:`run_linear`.
     """
     from eosin.ssl.metrics import TEMPERATURE, knn_probabilities
 
     task, split, leaks = prepare(question)
-    smallest = min(int(learned.sum()) for learned, _ in split)
-    if min(ks) < 1 or max(ks) > smallest:
-        raise UserError(f"k = {', '.join(map(str, ks))} must lie between 1 and the {smallest} samples to vote")
-    answers = []
-    for encoder in task.encoders:
-        votes = np.empty((len(ks), len(split.rows), len(task.classes)), dtype=np.float32)
-        for rows, learned, scored in each_fold(split, f"knn, {encoder.name}"):
-            votes[:, rows] = knn_probabilities(
-                encoder.features[scored],
-                encoder.features[learned],
-                task.labels[learned],
-                len(task.classes),
-                ks,
-                device=device,
-            )
-        for k, probabilities in zip(ks, votes):
-            variant = f"k = {k}" if len(ks) > 1 else ""
-            answers.append(Answer(encoder.name, variant, encoder.encoder, probabilities, {"k": k}))
-    parameters = {"k": list(ks), "temperature": TEMPERATURE, "similarity": "cosine"}
+    ks, ratios = tuple(dict.fromkeys(ks)), tuple(dict.fromkeys(ratios))
+    sides = _sides(question, task, split, ratios)
+    _check_neighbors(ks, sides, ratios, "smaller --k")
+
+    def probe(side: Side) -> tuple[np.ndarray, list[dict[str, Any]]]:
+        return knn_probabilities(side.queries, side.train, side.labels, side.classes, ks, device=device), [{}] * len(ks)
+
+    variants = {f"k = {k}" if len(ks) > 1 else "": {"k": k} for k in ks}
+    answers = [a for e in task.encoders for a in _answers(task, split, e, sides, probe, "knn", variants, ratios)]
+    parameters = {"k": list(ks), "temperature": TEMPERATURE, "similarity": "cosine"} | _shares(ratios)
     return conclude(question, task, split, leaks, answers, "dinov2-knn", parameters, "tile")
 
 
-def run_preset(question: Question, name: str, family: str, device: str = "cpu") -> dict[str, Any]:
+def run_preset(
+    question: Question, name: str, family: str, device: str = "cpu", ratios: Sequence[float] = ()
+) -> dict[str, Any]:
     """Probe by a protocol under the name that a paper gave it; see :mod:`eosin.eval.presets`. Write the results.
+
+    A protocol of several runs makes each of them a pass of the split, so that values are means over the runs.
+    ``ratios`` as in :func:`run_linear`.
 
     Raises UserError for a preset that is not of ``family``: "knn" or "logistic".
     """
-    from eosin.eval.presets import PRESETS, preset, preset_probabilities
+    from eosin.eval.presets import names, preset, preset_probabilities
 
     if (chosen := preset(name)).protocol != family:
-        valid = ", ".join(other for other, p in PRESETS.items() if p.protocol == family)
-        raise UserError(f"preset '{name}' is of another kind; valid here: {valid}")
-    task, split, leaks = prepare(question)
-    smallest = min(int(learned.sum()) for learned, _ in split)
+        raise UserError(f"preset '{name}' is of another kind; valid here: {', '.join(names(family))}")
+    task, once, leaks = prepare(question)
+    ratios = tuple(dict.fromkeys(ratios))
+    runs = chosen.parameters.get("runs", 1)
+    split = Split(once.kind, np.tile(once.assigned, (runs, 1)))
+    sides = _sides(question, task, split, ratios)
     ks = chosen.parameters.get("k", ())
-    if ks and max(ks) > smallest:
-        raise UserError(f"preset '{name}' asks {max(ks)} neighbors of {smallest} samples; give --k instead")
-    answers = []
-    for encoder in task.encoders:
-        found = np.empty((max(len(ks), 1), len(split.rows), len(task.classes)))
-        made = []
-        for rows, learned, scored in each_fold(split, f"{name}, {encoder.name}"):
-            found[:, rows], details = preset_probabilities(
-                name,
-                encoder.features[scored],
-                encoder.features[learned],
-                task.labels[learned],
-                len(task.classes),
-                device,
-            )
-            made.append(details)
-        for number, probabilities in enumerate(found):
-            variant = f"k = {ks[number]}" if len(ks) > 1 else ""
-            by_fold = {"by_fold": [details[number] for details in made]}
-            answers.append(Answer(encoder.name, variant, encoder.encoder, probabilities, by_fold))
-    parameters = {**chosen.parameters, "paper": chosen.paper}
+    _check_neighbors(ks, sides, ratios, f"--k instead of preset '{name}'")
+
+    def probe(side: Side) -> tuple[np.ndarray, list[dict[str, Any]]]:
+        return preset_probabilities(
+            name,
+            side.queries,
+            side.train,
+            side.labels,
+            side.classes,
+            device,
+            groups=side.groups,
+            seed=hash32(question.seed, purpose("preset fold"), side.fold),
+        )
+
+    variants: dict[str, dict[str, Any]] = {f"k = {k}": {} for k in ks} if len(ks) > 1 else {"": {}}
+    answers = [a for e in task.encoders for a in _answers(task, split, e, sides, probe, name, variants, ratios)]
+    if runs > 1:
+        for answer in answers:
+            answer.details |= _by_run(task, split, answer.probabilities, runs)
+    parameters = {**chosen.parameters, "paper": chosen.paper, "differs": chosen.differs} | _shares(ratios)
     return conclude(question, task, split, leaks, answers, name, parameters, "tile")
 
 
-def run_linear(question: Question, device: str = "cpu") -> dict[str, Any]:
-    """Probe by logistic regression; see :mod:`eosin.eval.linear`. Write and return the results."""
+def run_linear(question: Question, device: str = "cpu", ratios: Sequence[float] = ()) -> dict[str, Any]:
+    """Probe by logistic regression; see :mod:`eosin.eval.linear`. Write and return the results.
+
+    Args:
+        ratios: shares of each training side to learn from in turn, in whole groups; see
+            :func:`~eosin.eval.fewshot.label_share`.
+    """
     task, split, leaks = prepare(question)
-    answers = [_linear(question, task, split, encoder, "", encoder.features, device) for encoder in task.encoders]
-    return conclude(question, task, split, leaks, answers, "linear", _linear_parameters(), "tile")
+    ratios = tuple(dict.fromkeys(ratios))
+    sides = _sides(question, task, split, ratios)
+    answers = [a for e in task.encoders for a in _linear(question, task, split, e, sides, "", device, ratios)]
+    return conclude(question, task, split, leaks, answers, "linear", _linear_parameters() | _shares(ratios), "tile")
+
+
+def run_mlp(question: Question, width: int = 256, device: str = "cpu") -> dict[str, Any]:
+    """Probe with one hidden layer; see :mod:`eosin.eval.mlp`. Write and return the results."""
+    from eosin.eval.mlp import RECIPE, hidden_layer
+    from eosin.eval.sgd import INNER_FOLDS, head_probabilities
+
+    if width < 1:
+        raise UserError(f"--width {width} leaves no hidden layer; give 1 or more")
+    task, split, leaks = prepare(question)
+
+    def probe(side: Side) -> tuple[np.ndarray, list[dict[str, Any]]]:
+        seed = hash32(question.seed, purpose("mlp fold"), side.fold)
+        given = (side.queries, side.train, side.labels, side.groups, side.classes)
+        found, details = head_probabilities(*given, RECIPE, seed, device, hidden_layer(width))
+        return found[None], [details]
+
+    sides = _sides(question, task, split)
+    answers = [a for e in task.encoders for a in _answers(task, split, e, sides, probe, "mlp")]
+    parameters = {"width": width, "activation": "GELU", "inner_folds": INNER_FOLDS} | asdict(RECIPE)
+    return conclude(question, task, split, leaks, answers, "mlp", parameters, "tile")
 
 
 def run_mil(question: Question, bag: str = "slide", device: str = "cpu") -> dict[str, Any]:
@@ -120,9 +148,10 @@ def run_mil(question: Question, bag: str = "slide", device: str = "cpu") -> dict
     leaks = leaks_of(question, Split(split.kind, split.assigned[:, bags]), tiles)
     protocol = AttentionProtocol()
     answers, attentions = [], []
+    sides = _sides(question, task, split)
     for encoder in task.encoders:
-        pooled = mean_pool(encoder.features, bags, len(task.labels))
-        answers.append(_linear(question, task, split, encoder, "mean", pooled, device))
+        pooled = Embeddings(mean_pool(encoder.features, bags, len(task.labels)), task.table, encoder.encoder)
+        answers += _linear(question, task, split, pooled, sides, "mean", device)
         probabilities = np.empty((protocol.repeats, len(split.rows), len(task.classes)), dtype=np.float32)
         attention, times = np.zeros(len(bags)), np.zeros(len(bags), dtype=np.int64)
         for fold, (rows, learned, scored) in enumerate(each_fold(split, f"attention, {encoder.name}")):
@@ -165,31 +194,121 @@ def attention_path(path: Path) -> Path:
     return path.with_suffix(".attention.parquet")
 
 
+@dataclass(frozen=True)
+class Side:
+    """What a probe is given in one fold: queries [Q, D] to answer, and train [T, D] with labels and groups, [T]."""
+
+    fold: int
+    queries: np.ndarray
+    train: np.ndarray
+    labels: np.ndarray
+    groups: np.ndarray
+    classes: int
+
+
+def _sides(question: Question, task: Task, split: Split, ratios: Sequence[float] = ()) -> list[list[np.ndarray]]:
+    """For each fold, the rows that are learned from: for each ratio a share of its groups, or all of them."""
+    from eosin.eval.fewshot import label_share
+
+    sides = []
+    for learned, _ in split:
+        rows = np.flatnonzero(learned)
+        labels, groups = task.labels[rows], task.groups[rows]
+        sides.append([rows[label_share(labels, groups, ratio, question.seed)] for ratio in ratios] or [rows])
+    return sides
+
+
+def _answers(
+    task: Task,
+    split: Split,
+    encoder: Embeddings,
+    sides: list[list[np.ndarray]],
+    probe: Callable[[Side], tuple[np.ndarray, list[dict[str, Any]]]],
+    what: str,
+    variants: Mapping[str, dict[str, Any]] = MappingProxyType({"": {}}),
+    ratios: Sequence[float] = (),
+) -> list[Answer]:
+    """Ask a probe of every fold: an answer for each ratio and each variant.
+
+    Args:
+        sides: see :func:`_sides`.
+        probe: gives probabilities [R, Q, C] and what each of the R variants was made with.
+        what: for the progress.
+        variants: name -> what is known of it beforehand.
+    """
+    shape = (len(variants), len(split.rows), len(task.classes))
+    found: list[np.ndarray] = []
+    made: list[list[list[dict[str, Any]]]] = [[] for _ in ratios or [1.0]]
+    for fold, (rows, _, scored) in enumerate(each_fold(split, f"{what}, {encoder.name}")):
+        queries = encoder.features[scored]
+        for share, learned in enumerate(sides[fold]):
+            train, labels, groups = encoder.features[learned], task.labels[learned], task.groups[learned]
+            probabilities, details = probe(Side(fold, queries, train, labels, groups, shape[2]))
+            if fold == 0:
+                found.append(np.empty(shape, dtype=probabilities.dtype))
+            found[share][:, rows] = probabilities
+            made[share].append(details)
+    answers = []
+    for share, probabilities in enumerate(found):
+        learned_from = _learned_from(task, [side[share] for side in sides], ratios[share]) if ratios else {}
+        for number, (variant, known) in enumerate(variants.items()):
+            by_fold = [details[number] for details in made[share]]
+            chosen = known | {key: [d[key] for d in by_fold] for key in by_fold[0]} | learned_from
+            name = ", ".join(filter(None, [variant, f"{100 * ratios[share]:g} % of labels" if ratios else ""]))
+            answers.append(Answer(encoder.name, name, encoder.encoder, probabilities[number], chosen))
+    return answers
+
+
+def _learned_from(task: Task, rows: list[np.ndarray], ratio: float) -> dict[str, Any]:
+    groups = [len(np.unique(task.groups[r])) for r in rows]
+    return {"share": {"ratio": ratio, "samples": [len(r) for r in rows], "groups": groups}}
+
+
+def _shares(ratios: Sequence[float]) -> dict[str, Any]:
+    return {"ratios": list(ratios)} if ratios else {}
+
+
+def _check_neighbors(ks: Sequence[int], sides: list[list[np.ndarray]], ratios: Sequence[float], advice: str) -> None:
+    """Refuse more neighbors than there are samples to vote, in any fold and share."""
+    smallest = min(len(rows) for fold in sides for rows in fold)
+    if ks and (min(ks) < 1 or max(ks) > smallest):
+        share, larger = (" of the smallest share", " or larger --ratios") if ratios else ("", "")
+        asked = ", ".join(map(str, ks))
+        raise UserError(
+            f"k = {asked} must lie between 1 and the {smallest} samples to vote{share}; give {advice}{larger}"
+        )
+
+
+def _by_run(task: Task, split: Split, probabilities: np.ndarray, runs: int) -> dict[str, Any]:
+    """The primary metric of each run, and their deviation, of which the interval knows nothing."""
+    passes = split.passes
+    values = [
+        primary(task, Split(split.kind, split.assigned[number : number + 1]), probabilities[passes == number])
+        for number in range(len(split.assigned))
+    ]
+    by_run = np.reshape(values, (runs, -1)).mean(axis=1)
+    return {f"{PRIMARY}_by_run": by_run.tolist(), f"{PRIMARY}_deviation": float(by_run.std(ddof=1))}
+
+
 def _linear(
     question: Question,
     task: Task,
     split: Split,
     encoder: Embeddings,
+    sides: list[list[np.ndarray]],
     variant: str,
-    features: np.ndarray,
     device: str,
-) -> Answer:
+    ratios: Sequence[float] = (),
+) -> list[Answer]:
     from eosin.eval.linear import linear_probabilities
 
-    probabilities = np.empty((len(split.rows), len(task.classes)))
-    chosen: list[float] = []
-    for rows, learned, scored in each_fold(split, f"linear, {encoder.name}"):
-        probabilities[rows], strength = linear_probabilities(
-            features[scored],
-            features[learned],
-            task.labels[learned],
-            task.groups[learned],
-            len(task.classes),
-            hash32(question.seed, purpose("linear fold"), len(chosen)),
-            device=device,
-        )
-        chosen.append(strength)
-    return Answer(encoder.name, variant, encoder.encoder, probabilities, {"C": chosen})
+    def probe(side: Side) -> tuple[np.ndarray, list[dict[str, Any]]]:
+        seed = hash32(question.seed, purpose("linear fold"), side.fold)
+        given = (side.queries, side.train, side.labels, side.groups, side.classes)
+        found, strength = linear_probabilities(*given, seed, device=device)
+        return found[None], [{"C": strength}]
+
+    return _answers(task, split, encoder, sides, probe, "linear", {variant: {}}, ratios)
 
 
 def _linear_parameters() -> dict[str, Any]:

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from eosin.data_tools.errors import UserError
-from eosin.data_tools.files import read_json
 from eosin.data_tools.progress import progress
 from eosin.data_tools.results import write_results
-from eosin.eval import metrics, scores, splits, statistics
+from eosin.eval import contamination, metrics, scores, splits, statistics
 from eosin.eval.describe import PRIMARY, verdict
+from eosin.eval.frame import ALONE, asked, clusters_of, leaks_and_reason, refuse_foreign, settings
 from eosin.eval.splits import Split
 from eosin.eval.task import Task, column_of, identities, load_task
 
@@ -93,8 +93,7 @@ def asked_columns(question: Question) -> dict[str, str]:
 
 
 def make_split(question: Question, task: Task) -> Split:
-    if question.out.exists() and not _is_results(question.out):
-        raise UserError(f"{question.out} exists and holds no results; give another --out")
+    refuse_foreign(question.out)
     if len(task.classes) < 2:
         raise UserError(f"label '{question.label}' has one class only ('{task.classes[0]}'); a probe needs two or more")
     labels, groups = np.array(task.classes)[task.labels], np.array(task.group_names)[task.groups]
@@ -128,13 +127,6 @@ def each_fold(split: Split, desc: str) -> Iterator[tuple[np.ndarray, np.ndarray,
         yield folds == fold, learned, scored
 
 
-def _is_results(path: Path) -> bool:
-    try:
-        return read_json(path, "results").get("kind") == "eosin results"
-    except UserError:
-        return False
-
-
 def conclude(
     question: Question,
     task: Task,
@@ -147,12 +139,8 @@ def conclude(
 ) -> dict[str, Any]:
     """Score the answers, compare them pairwise, and write results and predictions."""
     rows, once = split.rows, np.unique(split.rows)
-    labels, clusters = task.labels[rows], task.groups[rows]
-    if question.cluster:
-        clusters = column_of(task, question.cluster, "--cluster")[rows]
-        if (clusters == "").any():
-            raise UserError(f"{(clusters == '').sum()} samples have no '{question.cluster}'; give another --cluster")
-    samples = scores.Samples.of(labels, clusters, split.passes, task.classes, task.ordered, question.seed)
+    clusters, _ = clusters_of(question, task, rows)
+    samples = scores.Samples.of(task.labels[rows], clusters, split.passes, task.classes, task.ordered, question.seed)
     numbers, comparisons = scores.score(samples, answers)
     subgroups = {
         column: scores.by_subgroup(samples, answers, rows, column_of(task, column, "--by")[rows], question.seed)
@@ -160,36 +148,41 @@ def conclude(
     }
     described = split.describe(task.labels, task.groups, task.classes)
     chance = statistics.chance(task.labels[once], len(task.classes))
+    seen = contamination.of_task(task, once)
+    leaking, leak_notes = leaks_and_reason(question, leaks)
     results = {
         "protocol": protocol,
         "parameters": parameters
         | ({"folds": question.folds} if question.split in ("kfold", "monte-carlo") else {})
-        | {"seed": question.seed, "bootstrap_draws": statistics.DRAWS, "level": statistics.LEVEL},
+        | settings(question),
         "primary": PRIMARY,
-        "label": question.label,
-        "group": question.group,
+        **asked(question),
         "unit": unit,
         "n": len(once),
         "groups": len(np.unique(task.groups[once])),
-        "cluster": question.cluster or question.group,
         "clusters": samples.weights.shape[1],
         "classes": task.classes,
         "class_counts": np.bincount(task.labels[once], minlength=len(task.classes)).tolist(),
         "left_out": task.left_out,
         "split": described,
-        "leaks": {"found": leaks, "reason": question.allow_leak.strip() if leaks and question.allow_leak else None},
+        "leaks": leaking,
         "chance": {metric: chance[metric] for metric in samples.metrics},
         "encoders": [
             {"name": a.name, "encoder": a.encoder, "variant": a.variant, "fingerprint": a.fingerprint}
             | found
-            | {"details": a.details}
+            | {"contamination": seen[a.encoder], "details": a.details}
             for a, found in zip(answers, numbers)
         ],
         "comparisons": comparisons,
         "by": subgroups,
     }
     results["verdict"] = verdict(results)
-    results["notes"] = [*_leak_notes(results["leaks"]), *scores.notes(samples, described, subgroups), *_alone(task)]
+    results["notes"] = [
+        *leak_notes,
+        *contamination.notes(seen),
+        *scores.notes(samples, described, subgroups),
+        *(ALONE if len(task.encoders) == 1 else []),
+    ]
     write_results(question.out, results, _predictions(task, split, answers))
     return results
 
@@ -218,17 +211,3 @@ def _predictions(task: Task, split: Split, answers: list[Answer]) -> Any:
         shares = {f"probability_{c}": answer.probabilities[:, i] for i, c in enumerate(task.classes)}
         frames.append(pd.DataFrame(known | shares))
     return pd.concat(frames, ignore_index=True)
-
-
-def _leak_notes(leaks: dict[str, Any]) -> list[str]:
-    return [
-        f"Leak allowed: {leak['count']} of '{leak['what']}' stand on both sides of a split and touch {leak['samples']} "
-        f"scored samples; these numbers measure recognition too. Reason given: {leaks['reason']}"
-        for leak in leaks["found"]
-    ]
-
-
-def _alone(task: Task) -> list[str]:
-    if len(task.encoders) > 1:
-        return []
-    return ["A number alone says little: embed 'color' and 'random:RUN' too and give all files at once."]

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from eosin.data_tools.embeddings import Embeddings, read_embeddings
+from eosin.data_tools.embeddings import KEYS_ONLY, Embeddings, read_embeddings
 from eosin.data_tools.errors import UserError, nearest
 from eosin.data_tools.files import read_csv
+from eosin.eval.annotations import is_annotations, open_annotations, tile_labels
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,7 +63,8 @@ def load_task(
         paths: embeddings files, one an encoder.
         label: column that holds the label.
         group: column that holds what must not stand on both sides of a split.
-        labels: CSV that adds columns, and goes before the embeddings' own.
+        labels: CSV that adds columns, and goes before the embeddings' own; or annotations, whose classes become the
+            column ``label`` where one covers half a tile (:mod:`eosin.eval.annotations`).
         key: what a row of the CSV speaks of: tile, slide or patient; the CSV has a column of that name.
         unit: what the result counts, for messages.
 
@@ -70,16 +72,14 @@ def load_task(
         UserError: a file or a column is missing, features are not finite, keys repeat or differ between encoders,
             encoders saw different shard sets, or no row has both a label and a group.
     """
-    encoders = _distinct([_read(path) for path in paths])
+    encoders = read_encoders(paths)
     table = encoders[0].table
     if labels is not None:
-        table = _join(table, labels, key, label)
+        table = _annotate(table, labels, label) if is_annotations(labels) else join_csv(table, labels, key, [label])
     for column, option in ((label, "--label"), (group, "--group")):
         if column not in table.columns:
-            raise UserError(
-                f"{paths[0]} has no column '{column}' for {option}; {nearest(column, list(map(str, table.columns)))}"
-                + ("" if labels is not None else "; labels kept elsewhere join with --labels x.csv --key slide")
-            )
+            hint = "" if labels is not None else "; labels kept elsewhere join with --labels x.csv --key slide"
+            raise absent(paths[0], table, column, option, hint)
     texts, group_texts = text(table[label]), text(table[group])
     unlabeled, ungrouped = texts == "", group_texts == ""
     kept = ~(unlabeled | ungrouped)
@@ -92,10 +92,7 @@ def load_task(
         order = np.argsort(numbers, kind="stable")
         classes, codes = classes[order], np.argsort(order)[codes]
     group_names, groups = np.unique(group_texts[kept], return_inverse=True)
-    rows = np.flatnonzero(kept)
-    if len(rows) < len(table):
-        encoders = [Embeddings(e.features[rows], e.table.iloc[rows], e.encoder, e.path) for e in encoders]
-        table = table.iloc[rows].reset_index(drop=True)
+    encoders, table = keep_rows(encoders, table, kept)
     return Task(
         encoders,
         table,
@@ -105,6 +102,29 @@ def load_task(
         groups.astype(np.int64),
         [str(g) for g in group_names],
         {reason: int(mask.sum()) for reason, mask in reasons.items() if mask.any()},
+    )
+
+
+def read_encoders(paths: list[Path]) -> list[Embeddings]:
+    """Read embeddings of the same tiles, all in the order of the first. Raises UserError as :func:`load_task`."""
+    return _distinct([_read(path) for path in paths])
+
+
+def keep_rows(
+    encoders: list[Embeddings], table: pd.DataFrame, kept: np.ndarray
+) -> tuple[list[Embeddings], pd.DataFrame]:
+    """Embeddings and their table less the rows where ``kept``, [N] bool, is not set."""
+    if kept.all():
+        return encoders, table
+    rows = np.flatnonzero(kept)
+    encoders = [Embeddings(e.features[rows], e.table.iloc[rows], e.encoder, e.path) for e in encoders]
+    return encoders, table.iloc[rows].reset_index(drop=True)
+
+
+def absent(path: Path, table: pd.DataFrame, column: str, option: str, hint: str = "") -> UserError:
+    """What to raise where embeddings lack a column that was asked for."""
+    return UserError(
+        f"{path} has no column '{column}' for {option}; {nearest(column, list(map(str, table.columns)))}{hint}"
     )
 
 
@@ -154,6 +174,8 @@ def identities(task: Task, group: str) -> dict[str, np.ndarray]:
         crc32, size = text(task.table["crc32"]), text(task.table["size"])
         both = np.char.add(np.char.add(crc32, "-"), size)
         found["image"] = np.where((crc32 == "") | (size == ""), "", both)
+    elif "image" in task.table.columns:  # of tiles straight from slides, a hash of their pixels
+        found["image"] = text(task.table["image"])
     return found
 
 
@@ -220,7 +242,8 @@ def _distinct(encoders: list[Embeddings]) -> list[Embeddings]:
     first = encoders[0]
     order = first.table["key"]
     for other in encoders[1:]:
-        if other.encoder.get("shards") != first.encoder.get("shards"):
+        made_of = {str(e.encoder.get("shards", "")) for e in (first, other)}
+        if len(made_of) > 1 and not any(name.startswith(KEYS_ONLY) for name in made_of):
             raise UserError(f"{first.path} and {other.path} were made from different shard sets; embed the same one")
         missing = len(set(order) ^ set(other.table["key"]))
         if missing:
@@ -240,14 +263,26 @@ def _distinct(encoders: list[Embeddings]) -> list[Embeddings]:
     return [Embeddings(e.features, e.table, e.encoder | {"name": n}, e.path) for e, n in zip(encoders, names)]
 
 
-def _join(table: pd.DataFrame, path: Path, key: str, label: str) -> pd.DataFrame:
-    """Add the columns of a CSV to the table; rows that the CSV does not name get empty cells."""
+def _annotate(table: pd.DataFrame, path: Path, label: str) -> pd.DataFrame:
+    """Add the class that annotations give each tile, empty where none covers half of it."""
+    annotations, _ = open_annotations(path, table)
+    return table.assign(**{label: tile_labels(annotations)[0]})
+
+
+def join_csv(table: pd.DataFrame, path: Path, key: str, required: list[str]) -> pd.DataFrame:
+    """Add the columns of a CSV, among them the required ones, to the table; rows it does not name get empty cells.
+
+    Args:
+        key: what a row of the CSV speaks of, and the column that says which: tile, slide or patient.
+
+    Raises UserError when the CSV lacks a column, names a tile (slide, patient) twice, or names none of the table.
+    """
     import pandas as pd
 
     column = KEYS[key]
     if column not in table.columns:
         raise UserError(f"the embeddings have no column '{column}' to join {path} by; give another --key")
-    rows = pd.DataFrame(read_csv(path, [key, label]))
+    rows = pd.DataFrame(read_csv(path, [key, *required]))
     if rows.empty:
         raise UserError(f"{path} has a header but no rows")
     rows[key] = rows[key].str.strip()

@@ -3,6 +3,7 @@
     RELEASE/
       config.json, model.safetensors   timm.create_model("local-dir:RELEASE", pretrained=True)
       preprocessing.json               input size, colors, mpp and the stain normalizer
+      seen.json                        hashes of the slides and patients it was trained on, where the run kept them
       README.md                        model card, with the probes' results and what the model was not shown
 
 Nothing of the training state enters it, and nothing in it is a pickle.
@@ -38,6 +39,7 @@ def export(run: Path, out: Path, *, results: list[Path], name: str) -> None:
     from eosin.ssl import checkpoint
     from eosin.ssl.backbone import build_backbone
     from eosin.ssl.config import read_run_config
+    from eosin.ssl.seen import KINDS, SEEN_FILE, read_seen
 
     config = read_run_config(run)
     newest = checkpoint.latest(run)
@@ -59,6 +61,9 @@ def export(run: Path, out: Path, *, results: list[Path], name: str) -> None:
         _drop_num_classes(folder / "config.json")
         preprocessing = _preprocessing(run, config)
         write_json(folder / "preprocessing.json", preprocessing)
+        seen = read_seen(run)
+        if seen is not None:
+            write_json(folder / SEEN_FILE, read_json(run / SEEN_FILE, "a list of what a model has seen"))
         facts = {
             "name": name,
             "config": config,
@@ -67,6 +72,7 @@ def export(run: Path, out: Path, *, results: list[Path], name: str) -> None:
             "features": backbone.num_features,
             "preprocessing": preprocessing,
             "data": _data(config.data.shards),
+            "seen": {kind: sum(len(one[kind]) for one in seen.lists) for kind in KINDS} if seen else None,
             "held_out": history.held_out(config),
             "way": history.way(config, checkpoint.describe(newest).get("how", {})),
             "trouble": history.trouble(run, history.records(run), step),

@@ -148,6 +148,11 @@ def views(phase: Phase, batch: Batch, device: torch.device) -> Views:
     return Views(list(crops), masks.to(device), positions, slides, raw)
 
 
+def trained_on(phases: list[Phase]) -> list[tuple[Mixture, frozenset[int]]]:
+    """The shard sets of a run, each with the rows of its slides table that are never drawn."""
+    return [(phase.shards, sampling(phase.config, phase.shards).leave_out) for phase in phases]
+
+
 def identities(phases: list[Phase]) -> dict[str, str]:
     """What a checkpoint remembers of the tiles it was trained on, and of what they were drawn by."""
     found = {}

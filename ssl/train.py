@@ -26,6 +26,7 @@ from eosin.ssl.network import Part, StudentTeacher, divide
 from eosin.ssl.optimizer import build_optimizer, set_moment
 from eosin.ssl.rewind import Rewind
 from eosin.ssl.schedules import Moment, at
+from eosin.ssl.seen import write_seen
 from eosin.ssl.skipped import Skipped
 from eosin.ssl.stain.normalizer import describe_run, save_description
 
@@ -95,6 +96,7 @@ def _train(config: Config, device: torch.device, back: Rewind | None, stop: list
     if distributed.rank() == 0:
         # Only now, when all that can be refused has been, does the run exist, or is it rewound.
         save_description(run, normalization)
+        write_seen(run, feed.trained_on(phases), config.model.init_from)
         write_config(run / "config.yaml", config)
         if back:
             rewind.write(run, rewinds)

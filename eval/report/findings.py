@@ -5,6 +5,7 @@ Sentences are made from numbers alone, so they read the same whether the trained
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,9 +16,32 @@ import pandas as pd
 
 from eosin.data_tools.results import read_results
 from eosin.eval.describe import PRIMARY, TITLES
+from eosin.eval.describe import title as title_of
+from eosin.eval.presets import PRESETS
 
-PROTOCOLS = {"dinov2-knn": "kNN", "linear": "Linear probe", "mil": "Slide probe (MIL)"}
-VERBS = {"dinov2-knn": "knn", "linear": "linear", "mil": "mil"}
+PROTOCOLS = {
+    "dinov2-knn": "kNN",
+    "linear": "Linear probe",
+    "mil": "Slide probe (MIL)",
+    "mlp": "MLP probe",
+    "uni-simpleshot": "SimpleShot (UNI)",
+    "thunder-simpleshot": "SimpleShot (THUNDER)",
+    "ridge": "Ridge regression",
+    "retrieval": "Retrieval",
+    "k-means": "Clustering",
+    "dense-linear": "Dense probe",
+    "dense-ridge": "Dense regression",
+}
+# Verbs of 'eosin eval' that are not called as their protocol, and of families of presets.
+VERBS = {
+    "dinov2-knn": "knn",
+    "logistic": "linear",
+    "simpleshot": "fewshot",
+    "ridge": "regress",
+    "k-means": "cluster",
+    "dense-linear": "dense",
+    "dense-ridge": "dense",
+}
 WORDS = {"trained": "trained", "random": "random weights", "color": "color alone"}
 RIVALS = ("random", "color")
 AHEAD, BEHIND, LEVEL, NOTHING = "wins", "loses", "is undecided", "is not above chance, like its rival,"
@@ -47,11 +71,33 @@ class Probe:
         return f"{name}, {self.variant}" if self.variant else name
 
     @property
+    def primary(self) -> str:
+        """The metric that is compared."""
+        return primary_of(self.data)
+
+    @property
+    def chance(self) -> float | None:
+        """What guessing reaches in it; None where that is not known."""
+        return self.data["chance"].get(self.primary)
+
+    @property
+    def metrics(self) -> list[str]:
+        """All metrics of the rows: those of classes in their usual order, then what else there is."""
+        there = dict.fromkeys(m for r in self.rows for m in r["metrics"])
+        return [m for m in TITLES if m in there] + [m for m in there if m not in TITLES]
+
+    @property
+    def leaks(self) -> list[dict[str, Any]]:
+        """What stands on both sides of a split, which was allowed for a reason."""
+        return self.data.get("leaks", {}).get("found", [])
+
+    @property
     def conditions(self) -> str:
         """What was asked, of how many, and what was kept apart."""
-        return (
-            f"label '{self.data['label']}', {self.data['n']} {self.data.get('unit', 'sample')}s, "
-            f"no {self.data['group']} on both sides of a split"
+        leaking = ", ".join(f"{leak['count']} of '{leak['what']}'" for leak in self.leaks)
+        apart = f"no {self.data['group']} on both sides of a split"
+        return f"label '{self.data['label']}', {self.data['n']} {self.data.get('unit', 'sample')}s, " + (
+            f"a leak was allowed: {leaking} on both sides of a split" if leaking else apart
         )
 
     def row(self, role: str) -> dict[str, Any] | None:
@@ -61,7 +107,7 @@ class Probe:
     def against(self, a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any] | None:
         """The paired difference ``a - b`` in the primary metric, whichever way it was stored."""
         for pair in self.data["comparisons"]:
-            if pair["metric"] == PRIMARY and {pair["a"], pair["b"]} == {a["name"], b["name"]}:
+            if pair["metric"] == self.primary and {pair["a"], pair["b"]} == {a["name"], b["name"]}:
                 if pair["a"] == a["name"]:
                     return pair
                 return pair | {"value": -pair["value"], "low": -pair["high"], "high": -pair["low"]}
@@ -77,14 +123,38 @@ class Probe:
         return LEVEL if not pair["excludes_zero"] else AHEAD if pair["value"] > 0 else BEHIND
 
     def above_chance(self, row: dict[str, Any]) -> bool:
-        """Whether the interval of a row lies above chance."""
-        return bool(row["metrics"][PRIMARY]["low"] > self.data["chance"][PRIMARY])
+        """Whether the interval of a row lies above chance; what has no interval, or no chance to beat, does."""
+        found = row["metrics"][self.primary]
+        low = found["low"] if found else None
+        return low is None or self.chance is None or bool(low > self.chance)
+
+    def value(self, row: dict[str, Any]) -> float:
+        """A row's value of the primary metric, minus infinity where it is undefined."""
+        found = row["metrics"][self.primary]
+        return found["value"] if found else -math.inf
+
+    def best(self) -> dict[str, Any]:
+        """The row with the highest value."""
+        return max(self.rows, key=self.value)
 
     def called(self, row: dict[str, Any]) -> str:
         """What a row is called in a sentence: by its role where no other row has it."""
         role = role_of(row)
         alone = sum(role_of(r) == role for r in self.rows) == 1
         return WORDS[role] if role in WORDS and alone else str(row.get("encoder", row["name"]))
+
+
+def primary_of(data: dict[str, Any]) -> str:
+    """The metric that results compare."""
+    return str(data.get("primary", PRIMARY))
+
+
+def verb_of(data: dict[str, Any]) -> str:
+    """The verb of 'eosin eval' that makes such results."""
+    name = str(data["protocol"])
+    if name in PRESETS and "paper" in data["parameters"]:
+        name = PRESETS[name].protocol
+    return VERBS.get(name, name)
 
 
 def load(paths: Iterable[Path]) -> list[Results]:
@@ -133,7 +203,7 @@ def sentence(probe: Probe) -> str:
     for other in probe.rows:
         if other is ours:
             continue
-        theirs = f"{probe.called(other)} {interval(other['metrics'][PRIMARY])}"
+        theirs = f"{probe.called(other)} {interval(other['metrics'][probe.primary])}"
         pair, outcome = probe.against(ours, other), probe.outcome(ours, other)
         if pair is None or outcome is None:
             parts.append(f"was not compared with {theirs}")
@@ -145,14 +215,15 @@ def sentence(probe: Probe) -> str:
         parts.append(f"{verb} {theirs} (difference {interval(pair, signed=True)}, {sure})")
     said = "; it ".join(parts) or "stands alone, so this says little"
     return (
-        f"{probe.title} ({TITLES[PRIMARY]}; {probe.conditions}): {probe.called(ours)} "
-        f"{interval(ours['metrics'][PRIMARY])} {said}. Chance is {number(probe.data['chance'][PRIMARY])}."
+        f"{probe.title} ({title_of(probe.primary)}; {probe.conditions}): {probe.called(ours)} "
+        f"{interval(ours['metrics'][probe.primary])} {said}."
+        + (f" Chance is {number(probe.chance)}." if probe.chance is not None else "")
     )
 
 
 def winner(probe: Probe) -> str:
     """Who has the highest value, and who cannot be told from it."""
-    best = max(probe.rows, key=lambda r: r["metrics"][PRIMARY]["value"])
+    best = probe.best()
     if not probe.above_chance(best):
         return "nobody: not above chance"
     level = [probe.called(r) for r in probe.rows if r is not best and probe.outcome(best, r) != AHEAD]
@@ -161,8 +232,12 @@ def winner(probe: Probe) -> str:
 
 def below_chance(found: list[Probe]) -> list[str]:
     """A sentence about the probes in which an encoder lies below chance beyond doubt, none where there is none."""
-    level = [(p, p.data["chance"][PRIMARY]) for p in found]
-    there = [p.title for p, chance in level if any(r["metrics"][PRIMARY]["high"] < chance for r in p.rows)]
+
+    def below(probe: Probe, row: dict[str, Any]) -> bool:
+        high = (row["metrics"][probe.primary] or {}).get("high")
+        return high is not None and probe.chance is not None and bool(high < probe.chance)
+
+    there = [p.title for p in found if any(below(p, r) for r in p.rows)]
     if not there:
         return []
     return [
@@ -177,15 +252,15 @@ def verdict_rows(found: list[Probe]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for probe in found:
         cells = [probe.row(role) for role in WORDS]
-        values = [interval(c["metrics"][PRIMARY]) if c else "–" for c in cells]
-        rows.append([probe.title, *values, number(probe.data["chance"][PRIMARY]), winner(probe)])
+        values = [interval(c["metrics"][probe.primary]) if c else "–" for c in cells]
+        rows.append([probe.title, *values, number(probe.chance), winner(probe)])
     return head, rows
 
 
 def metric_rows(probe: Probe) -> list[list[str]]:
     """Every encoder of a probe with all metrics, and chance as the last row."""
-    rows = [[r["name"], *(interval(r["metrics"][m]) if m in r["metrics"] else "–" for m in TITLES)] for r in probe.rows]
-    chance = [number(probe.data["chance"][m]) if m in probe.data["chance"] else "–" for m in TITLES]
+    rows = [[r["name"], *(interval(r["metrics"].get(m)) for m in probe.metrics)] for r in probe.rows]
+    chance = [number(probe.data["chance"].get(m)) for m in probe.metrics]
     return [*rows, ["chance", *chance]]
 
 
@@ -194,19 +269,23 @@ def difference_rows(result: Results) -> list[list[str]]:
     return [
         [f"{p['a']} − {p['b']}", interval(p, signed=True), "excludes zero" if p["excludes_zero"] else "undecided"]
         for p in result.data["comparisons"]
-        if p["metric"] == PRIMARY
+        if p["metric"] == primary_of(result.data)
     ]
 
 
-def number(value: float, signed: bool = False) -> str:
-    """A share in the field's way, without the leading zero: .81, 1.00, −.04."""
+def number(value: float | None, signed: bool = False) -> str:
+    """A share in the field's way, without the leading zero: .81, 1.00, −.04; a dash where there is none."""
+    if value is None:
+        return "–"
     digits = f"{abs(value):.2f}".removeprefix("0")
     sign = "−" if value < 0 and float(f"{value:.2f}") != 0 else "+" if signed and float(f"{value:.2f}") > 0 else ""
     return sign + digits
 
 
-def interval(found: dict[str, Any], signed: bool = False) -> str:
-    """A value with its interval, .81 [.76, .85], that no line break tears apart."""
+def interval(found: dict[str, Any] | None, signed: bool = False) -> str:
+    """A value with its interval, .81 [.76, .85], that no line break tears apart; a dash where it is undefined."""
+    if found is None or found["low"] is None:
+        return number(found["value"] if found else None, signed)
     value, low, high = (number(found[k], signed) for k in ("value", "low", "high"))
     return f"{value}\u00a0[{low},\u00a0{high}]"
 

@@ -77,7 +77,7 @@ def _classes(m: Material) -> Iterator[str]:
         yield "No label was probed, so nothing is known of any diagnosis."
     asked = set()
     for r in m.results:
-        if r.data["label"] in asked or "class_counts" not in r.data:
+        if r.data["label"] in asked or not r.data.get("class_counts"):
             continue
         asked.add(r.data["label"])
         counts = dict(zip(r.data["classes"], r.data["class_counts"]))

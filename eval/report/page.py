@@ -52,11 +52,35 @@ class Legend:
 
 
 @dataclass(frozen=True)
+class Heading:
+    """A line between blocks of a section."""
+
+    text: str
+    kind: str = "heading"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell that says more than its text.
+
+    Attributes:
+        style: "best", "level" or "bad", empty for none of these.
+        title: what is shown to a pointer that rests on it.
+        shade: in [0, 1], how dark it is painted; None for not at all.
+    """
+
+    text: str
+    style: str = ""
+    title: str = ""
+    shade: float | None = None
+
+
+@dataclass(frozen=True)
 class Table:
-    """A table; a cell is text or a list of pictures. Rows of ``quiet`` are set back, such as chance."""
+    """A table of text, :class:`Cell` and lists of pictures. Rows of ``quiet`` are set back, such as chance."""
 
     head: Sequence[str]
-    rows: Sequence[Sequence[str | list[Picture]]]
+    rows: Sequence[Sequence[str | Cell | list[Picture]]]
     caption: str = ""
     quiet: frozenset[int] = frozenset()
     kind: str = "table"
@@ -71,7 +95,7 @@ class Listing:
     kind: str = "listing"
 
 
-Block = Words | Gallery | Legend | Table | Listing
+Block = Words | Heading | Gallery | Legend | Table | Listing
 
 
 @dataclass(frozen=True)

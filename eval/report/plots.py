@@ -55,10 +55,10 @@ COLORS = {"trained": PURPLE, "random": GRAY, "color": ORANGE, "other": BLUE}
 
 @dataclass(frozen=True)
 class Panel:
-    """One probe in the forest plot: rows of (name, role, value, low, high), and where chance lies."""
+    """A probe in the forest plot: rows of (name, role, value, low, high), NaN where undefined, and where chance is."""
 
     title: str
-    chance: float
+    chance: float | None
     rows: Sequence[tuple[str, str, float, float, float]]
 
 
@@ -165,7 +165,7 @@ def curves(records: list[dict[str, Any]], prototypes: int) -> bytes:
         for axes in grid[len(panels) :]:
             axes.set_axis_off()
         figure.supxlabel("training step", fontsize=10, color=SOFT)
-        return _png(figure)
+        return png(figure)
 
 
 def forest(panels: Sequence[Panel], xlabel: str) -> bytes:
@@ -173,7 +173,9 @@ def forest(panels: Sequence[Panel], xlabel: str) -> bytes:
     columns = min(2, len(panels))
     lines = [panels[i : i + columns] for i in range(0, len(panels), columns)]
     heights = [max(len(p.rows) for p in line) + 1.6 for line in lines]
-    low = min(min(p.chance, *(r[3] for r in p.rows)) for p in panels)
+    ends = [e for p in panels for r in p.rows for e in r[2:] if math.isfinite(e)]
+    ends += [p.chance for p in panels if p.chance is not None]
+    low, high = min(ends, default=0), max(ends, default=1)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(12, 0.36 * sum(heights) + 0.5), layout="constrained")
         grid = figure.subplots(len(lines), columns, squeeze=False, sharex=True, height_ratios=heights)
@@ -182,26 +184,29 @@ def forest(panels: Sequence[Panel], xlabel: str) -> bytes:
                 _forest_panel(axes, panel)
             for axes in row[len(line) :]:
                 axes.set_axis_off()
-            row[0].set_xlim(max(low - 0.04, -0.02), 1.02)
+            row[0].set_xlim(max(low - 0.04, -0.02) if low >= 0 else 1.1 * low, 1.02 if high <= 1 else 1.05 * high)
         figure.supxlabel(xlabel, fontsize=10, color=SOFT)
-        return _png(figure)
+        return png(figure)
 
 
 def _forest_panel(axes: Axes, panel: Panel) -> None:
     places = np.arange(len(panel.rows))[::-1]
     for place, (_, role, value, low, high) in zip(places, panel.rows):
         axes.plot([low, high], [place, place], color=COLORS[role], linewidth=2.2, solid_capstyle="butt")
+        if not math.isfinite(value):
+            continue
         axes.plot(value, place, "o", color=COLORS[role], markersize=7)
         axes.annotate(number(value), (value, place), (0, 6), textcoords="offset points", ha="center", fontsize=8.5)
-    axes.axvline(panel.chance, color=SOFT, linestyle=(0, (4, 3)), linewidth=1)
-    axes.annotate(
-        "chance", (panel.chance, -0.72), (3, 0), textcoords="offset points", fontsize=8, color=SOFT, va="center"
-    )
-    axes.set_yticks(places, [_short(r[0]) for r in panel.rows])
+    if panel.chance is not None:
+        axes.axvline(panel.chance, color=SOFT, linestyle=(0, (4, 3)), linewidth=1)
+        axes.annotate(
+            "chance", (panel.chance, -0.72), (3, 0), textcoords="offset points", fontsize=8, color=SOFT, va="center"
+        )
+    axes.set_yticks(places, [short(r[0]) for r in panel.rows])
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.grid(False, axis="y")
     axes.set_ylim(-1, len(panel.rows) - 0.3)
-    axes.set_title(_short(panel.title, 80))
+    axes.set_title(short(panel.title, 80))
     axes.spines["left"].set_visible(False)
 
 
@@ -237,12 +242,12 @@ def stains(
         left.set(xlabel="red part of the stain's density", ylabel="blue part", title="Stain vectors of each slide")
         for name in names[: len(CATEGORIES)]:
             last = name == names[len(CATEGORIES) - 1 :][0] if len(names) > len(CATEGORIES) else False
-            label = "further sites" if last else _short(name or "no site given", 24)
+            label = "further sites" if last else short(name or "no site given", 24)
             left.scatter([], [], s=34, color=color[name], label=label)
         left.scatter([], [], s=90, marker="+", color=INK, label="reference")
         left.legend(loc="best")
         _swatches(right, vectors, maxima, [color[s] for s in sites], reference)
-        return _png(figure)
+        return png(figure)
 
 
 def clouds(
@@ -272,14 +277,14 @@ def clouds(
             axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, title=panel.title)
         for i, name in enumerate(names[: len(CATEGORIES)]):
             last = i == len(CATEGORIES) - 1 and len(names) > len(CATEGORIES)
-            label = "further sites" if last else _short(name or "no site given", 24)
+            label = "further sites" if last else short(name or "no site given", 24)
             row[0].scatter([], [], s=40, color=color[name], label=label)
         if target:
             row[0].scatter([], [], s=90, marker="+", color=INK, label=target)
         if ringed is not None and ringed.any():
             row[0].scatter([], [], s=110, facecolors="none", edgecolors=INK, linewidths=1.2, label="stands out")
         figure.legend(loc="outside lower center", ncols=5)
-        return _png(figure)
+        return png(figure)
 
 
 def _swatches(
@@ -306,14 +311,16 @@ def _swatches(
     axes.set_title("Their colors")
 
 
-def _short(name: str, limit: int = LONGEST_NAME) -> str:
+def short(name: str, limit: int = LONGEST_NAME) -> str:
+    """A name cut to what a chart has room for."""
     return name if len(name) <= limit else f"{name[: limit - 1]}…"
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure, dpi: int = DPI) -> bytes:
+    """A figure as PNG bytes, the same each time."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         # The page beside the chart shows a name in any script; the chart's font may lack it.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+        figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     return buffer.getvalue()

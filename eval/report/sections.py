@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import shlex
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from eosin.eval.describe import PRIMARY, TITLES
 from eosin.eval.report import findings, history, plots
-from eosin.eval.report.findings import Results
+from eosin.eval.report.findings import Probe, Results
 from eosin.eval.report.material import Material
 from eosin.eval.report.page import Block, Gallery, Listing, Section, Table, Words, chart
 
@@ -43,7 +44,8 @@ def verdict(m: Material) -> Section:
     blocks: list[Block] = [Words(findings.headline(found), "verdict")]
     warned = [*_strangers(m), *findings.below_chance(found)]
     blocks += [Words(warned, "warning")] if warned else []
-    caption = f"{TITLES[PRIMARY].capitalize()} with 95 % intervals."
+    metrics = dict.fromkeys(findings.title_of(p.primary) for p in found)
+    caption = f"{', '.join(metrics)} with 95 % intervals.".capitalize()
     blocks.append(Table(head, rows, caption))
     blocks.append(Words([findings.sentence(probe) for probe in found], "list"))
     notes = dict.fromkeys(note for r in m.results for note in r.data.get("notes", []))
@@ -84,43 +86,43 @@ def probes(m: Material) -> Section:
     if not found:
         missing = "No results were given: 'eosin eval knn|linear|mil' makes them and --results R.json adds them."
         return Section("probes", "Probes", lead, [Words([missing])])
-    panels = [
-        plots.Panel(
-            f"{p.title} · {p.data['label']}",
-            p.data["chance"][PRIMARY],
-            [(r["name"], findings.role_of(r), *_values(r)) for r in p.rows],
-        )
-        for p in found
-    ]
-    label = TITLES[PRIMARY]
-    drawn = chart(plots.forest(panels, label), f"{label} of every encoder under every probe, with intervals")
-    blocks: list[Block] = [Gallery([drawn], 2000)]
+    blocks: list[Block] = [Gallery([chart(*drawn) for drawn in forests(found)], 2000)]
     for probe in found:
         rows = findings.metric_rows(probe)
-        head = ["Encoder", *TITLES.values()]
+        head = ["Encoder", *map(findings.title_of, probe.metrics)]
         caption = f"{probe.title}: {probe.conditions}; {probe.data['groups']} groups."
         blocks.append(Table(head, rows, caption, frozenset([len(rows) - 1])))
     for result in m.results:
         rows = findings.difference_rows(result)
         if rows:
-            head = ["Paired difference", label, ""]
+            head = ["Paired difference", findings.title_of(findings.primary_of(result.data)), ""]
             name = findings.PROTOCOLS.get(result.data["protocol"], result.data["protocol"])
             blocks.append(Table(head, rows, f"{name}: differences under the same draws of groups."))
         blocks += [Words([f"Left out: {n} with {why}."]) for why, n in result.data.get("left_out", {}).items()]
     return Section("probes", "Probes", lead, blocks)
 
 
+def forests(found: list[Probe]) -> list[tuple[bytes, str]]:
+    """Every encoder of every probe with its interval: a PNG for each metric that is compared, and what it shows."""
+    drawn = []
+    for metric in dict.fromkeys(p.primary for p in found):
+        panels = [
+            plots.Panel(f"{p.title} · {p.data['label']}", p.chance, [_drawn(p, r) for r in p.rows])
+            for p in found
+            if p.primary == metric
+        ]
+        label = findings.title_of(metric)
+        drawn.append((plots.forest(panels, label), f"{label} of every encoder under every probe, with intervals"))
+    return drawn
+
+
 def reproduction(m: Material) -> Section:
     """Versions, commands, fingerprints and the whole configuration."""
-    import timm
-    import torch
     from omegaconf import OmegaConf
 
-    versions = f"eosin {version('eosin')}, Python {platform.python_version()}, torch {torch.__version__}, "
-    versions += f"timm {timm.__version__}, numpy {np.__version__}"
     saved = f"{m.checkpoint.name}, after {m.step:,} of {m.config.run.steps:,} steps" if m.checkpoint else "none yet"
     facts = [
-        ("versions", versions),
+        ("versions", versions()),
         ("checkpoint", saved),
         ("trained by", history.way(m.config, m.about.get("how", {}))),
         ("held out of training", history.held_out(m.config, m.trained_on) or "nothing"),
@@ -129,11 +131,7 @@ def reproduction(m: Material) -> Section:
         ("shards (sha256)", m.shards.identity[:16]),
     ]
     blocks: list[Block] = [Table([], facts), Listing("\n".join(_commands(m)))]
-    prints = {r.get("encoder", r["name"]): r["fingerprint"] for result in m.results for r in result.data["encoders"]}
-    if prints:
-        rows = [[name, *_print_cells(p)] for name, p in prints.items()]
-        head = ["Encoder", "Weights (sha256)", "Pooling", "Input", "Stain normalizer"]
-        blocks.append(Table(head, rows, "What made the features."))
+    blocks += [fingerprints(m.results)] if m.results else []
     if m.release is not None:
         blocks += _release(m, m.release)
     else:
@@ -141,6 +139,23 @@ def reproduction(m: Material) -> Section:
     config = OmegaConf.to_yaml(OmegaConf.create(m.config.model_dump()))
     blocks.append(Listing(config, "The run's whole configuration (config.yaml)"))
     return Section("reproduction", "How to do it again", "Everything that decides the numbers above.", blocks)
+
+
+def versions() -> str:
+    """Of eosin and what the numbers depend on."""
+    import timm
+    import torch
+
+    ours = f"eosin {version('eosin')}, Python {platform.python_version()}"
+    return f"{ours}, torch {torch.__version__}, timm {timm.__version__}, numpy {np.__version__}"
+
+
+def fingerprints(results: Iterable[Results]) -> Table:
+    """What made the features of every encoder."""
+    prints = {r.get("encoder", r["name"]): r["fingerprint"] for result in results for r in result.data["encoders"]}
+    rows = [[name, *_print_cells(p)] for name, p in prints.items()]
+    head = ["Encoder", "Weights (sha256)", "Pooling", "Input", "Stain normalizer"]
+    return Table(head, rows, "What made the features.")
 
 
 def _release(m: Material, folder: Path) -> list[Block]:
@@ -231,21 +246,40 @@ def _commands(m: Material) -> list[str]:
     lines.append(f"eosin embed color {shards} --out color.safetensors")
     if m.results:
         lines.append('E="trained.safetensors random.safetensors color.safetensors"')
-    lines += [_eval_command(result) for result in m.results]
+    lines += [eval_command(result, "$E") for result in m.results]
     results = " ".join(shlex.quote(str(r.path)) for r in m.results)
     lines.append(f"eosin report {run} " + (f"--results {results} " if results else "") + "--out report.html")
     return lines
 
 
-def _eval_command(result: Results) -> str:
-    data = result.data
-    verb = findings.VERBS.get(data["protocol"], data["protocol"])
-    settings = [f"--{k} {data['parameters'][k]}" for k in ("folds", "seed") if k in data["parameters"]]
-    return (
-        f"eosin eval {verb} $E --label {shlex.quote(data['label'])} --group {shlex.quote(data['group'])} "
-        f"{' '.join(settings)} "
-        f"--out {shlex.quote(str(result.path))}"
-    )
+def eval_command(result: Results, embeddings: str) -> str:
+    """The command that makes these results, with every option that is not as it would be without being given."""
+    data, parameters = result.data, result.data["parameters"]
+    split, leaks = data.get("split", {}), data.get("leaks", {})
+    kind = split.get("kind", "kfold")
+    verb = findings.verb_of(data)
+    targets = [target["name"] for target in data.get("targets", [])]
+    options = {"targets": targets} if verb == "regress" else {"label": [data["label"]]}
+    options |= {"group": [data["group"]], "preset": [data["protocol"]] if "paper" in parameters else []}
+    known = ("folds", "seed", "bag", "ratios", "shots", "episodes", "top", "starts", "width")
+    for name in (*known, *(["k"] if verb in ("knn", "cluster") and not options["preset"] else [])):
+        value = parameters.get(name, [])
+        options[name] = value if isinstance(value, list) else [value]
+    if kind != "kfold":
+        options["split"] = [kind]
+    if kind == "monte-carlo":
+        options["repeats"] = [split["passes"] // parameters.get("runs", 1)]
+    if kind == "fixed":
+        options["side"] = [data["side"]]
+    if labels := data.get("labels"):
+        options |= {"labels": [labels["path"]], "key": [labels["key"]]}
+    options["by"] = list(data.get("by", {}))
+    if data.get("cluster", data["group"]) != data["group"]:
+        options["cluster"] = [data["cluster"]]
+    if leaks.get("reason"):
+        options["allow-leak"] = [leaks["reason"]]
+    given = [f"--{o} {' '.join(shlex.quote(str(v)) for v in values)}" for o, values in options.items() if values]
+    return f"eosin eval {verb} {embeddings} {' '.join(given)} --out {shlex.quote(str(result.path))}"
 
 
 def _print_cells(fingerprint: dict[str, Any]) -> list[str]:
@@ -255,9 +289,10 @@ def _print_cells(fingerprint: dict[str, Any]) -> list[str]:
     return [weights[:16], str(fingerprint.get("pooling", "–")), size, str(fingerprint.get("stain", "–"))]
 
 
-def _values(row: dict[str, Any]) -> tuple[float, float, float]:
-    found = row["metrics"][PRIMARY]
-    return found["value"], found["low"], found["high"]
+def _drawn(probe: Probe, row: dict[str, Any]) -> tuple[str, str, float, float, float]:
+    found = row["metrics"][probe.primary] or {}
+    value, low, high = (math.nan if found.get(k) is None else found[k] for k in ("value", "low", "high"))
+    return row["name"], findings.role_of(row), value, low, high
 
 
 def _magnification(mpp: float | None) -> str:

@@ -9,7 +9,17 @@ import importlib
 PROBES = {
     "knn": ("classes", "k nearest neighbors by cosine (dinov2-knn)"),
     "linear": ("classes", "logistic regression, its strength chosen by grouped folds inside the training side"),
+    "mlp": ("classes", "a hidden layer, its weight decay and epoch chosen on a grouped fold inside the training side"),
+    "fewshot": ("fewshot", "SimpleShot: a few samples a class, over many episodes"),
     "mil": ("classes", "bags of tiles: mean pooling and gated attention"),
+    "regress": ("regress", "ridge regression of numbers, such as the expression of genes"),
+    "retrieval": ("retrieval", "each tile asks for its like among the tiles of other groups"),
+    "cluster": ("cluster", "k-means against the classes: ARI, NMI, matched accuracy"),
+    "dense": ("dense", "patch tokens against masks: Dice and IoU of classes, or maps of values"),
+    "curves": ("curves", "accuracy against magnification, downsampling, JPEG, blur and share of the labels"),
+    "data": ("data", "public tile sets: how to get each, and into a shard set"),
+    "suite": ("suite", "many tasks x encoders into one page; or the checkpoints of a training run, watched"),
+    "label": ("label", "labels of tiles from annotations of slides: GeoJSON, ASAP, masks"),
 }
 EPILOG = """\
 example:

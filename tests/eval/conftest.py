@@ -42,3 +42,31 @@ def cohort():
         return features, columns
 
     return cohort
+
+
+@pytest.fixture
+def smooth_tiles():
+    """Tiles without the noise that resizing in bytes and in floats rounds differently, [n, 3, size, size] uint8."""
+    import torch
+
+    def smooth_tiles(n=3, size=64):
+        rough = torch.randint(0, 256, (n, 3, 5, 5), generator=torch.Generator().manual_seed(1)).float()
+        return torch.nn.functional.interpolate(rough, (size, size), mode="bilinear").to(torch.uint8)
+
+    return smooth_tiles
+
+
+@pytest.fixture
+def like_timm():
+    """What timm's own transform and forward give of uint8 tiles."""
+    import torch
+    from PIL import Image
+    from timm.data import create_transform, resolve_model_data_config
+
+    def like_timm(model, tiles):
+        transform = create_transform(**resolve_model_data_config(model), is_training=False)
+        pictures = [Image.fromarray(tile) for tile in tiles.permute(0, 2, 3, 1).numpy()]
+        with torch.no_grad():
+            return model(torch.stack([transform(picture) for picture in pictures]))
+
+    return like_timm

@@ -7,11 +7,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from eosin.data_tools.draws import purpose
 from eosin.data_tools.errors import UserError
-from eosin.eval.encoders import color_statistics, load_encoder, pool
+from eosin.eval.color import color_statistics
+from eosin.eval.encoders import load_encoder
+from eosin.eval.features import pool, prepared
 from eosin.ssl import checkpoint
-from eosin.ssl.config import read_run_config
+from eosin.ssl.config import Stain, read_run_config
 from eosin.ssl.network import Network, StudentTeacher
+from eosin.ssl.stain.normalizer import describe
 from eosin.ssl.whole_tiles import preprocess
 
 
@@ -55,7 +59,82 @@ def test_poolings_are_timms_own():
     resnet = timm.create_model("test_resnet", num_classes=0).eval()
     torch.testing.assert_close(pool(resnet, resnet.forward_features(images), "mean"), resnet(images))
     with pytest.raises(UserError, match="no class token; give --pooling mean"):
-        load_encoder("timm:test_resnet")
+        load_encoder("timm:test_resnet", pooling="cls")
+
+
+def test_tokens_are_timms_patches_after_the_norm():
+    encoder = load_encoder("timm:test_vit3", pooling="mean")
+    with torch.random.fork_rng([]):
+        torch.manual_seed(purpose("random encoder"))
+        model = timm.create_model("test_vit3", num_classes=0).eval()
+    preprocessing = encoder.fingerprint["preprocessing"]
+    images = prepared(tiles(2), **preprocessing)
+    with torch.no_grad():
+        (maps,) = model.forward_intermediates(images, indices=1, norm=True, intermediates_only=True)  # [B, D, h, w]
+        maps = model.fc_norm(maps.permute(0, 2, 3, 1))
+    tokens = encoder.tokens(tiles(2))
+    torch.testing.assert_close(tokens, maps)
+    assert tokens.dtype == torch.float32
+    torch.testing.assert_close(tokens.flatten(1, 2).mean(1), encoder(tiles(2)))
+    resnet = load_encoder("timm:test_resnet")
+    assert resnet.fingerprint["pooling"] == "mean"
+    torch.testing.assert_close(resnet.tokens(tiles(2)).flatten(1, 2).mean(1), resnet(tiles(2)))
+    assert load_encoder("color").tokens is None
+
+
+@pytest.mark.parametrize("pooling", ["cls", "cls+mean"])
+def test_several_layers_are_timms_intermediate_layers(tiny_run, pooling):
+    encoder = load_encoder(str(tiny_run), pooling=pooling, layers=2)
+    arguments = {"depth": 2, "embed_dim": 48, "num_heads": 3, "init_values": 0.1, "img_size": 32}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **arguments).eval()
+    weights = load_file(checkpoint.latest(tiny_run) / checkpoint.TEACHER)
+    model.load_state_dict(weights)
+    config = read_run_config(tiny_run)
+    images = preprocess(tiles(), config.crops.global_size, config.augment.mean, config.augment.std)
+    with torch.no_grad():
+        layers = model.get_intermediate_layers(images, n=2, return_prefix_tokens=True, norm=True)
+    expected = [prefix[:, 0] for _, prefix in layers] + ([layers[-1][0].mean(dim=1)] if "mean" in pooling else [])
+    torch.testing.assert_close(encoder(tiles()), torch.cat(expected, dim=1), atol=1e-5, rtol=1e-5)
+    assert encoder.fingerprint["layers"] == 2
+
+
+def test_layers_that_a_model_cannot_give_are_refused():
+    for spec, options, said in [
+        ("timm:test_resnet", {"layers": 2}, "no blocks with a class token"),
+        ("timm:test_vit", {"layers": 99}, "fewer than 99 blocks"),
+        ("timm:test_vit", {"layers": 2, "pooling": "mean"}, "give --pooling cls or cls"),
+        ("timm:test_vit", {"layers": 0}, "give 1 or more"),
+        ("torchvision:resnet18", {"layers": 2}, "torchvision's give one layer"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            load_encoder(spec, **options)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_reduced_precision_is_autocast_and_gives_float32(precision, dtype):
+    full, reduced = load_encoder("timm:test_vit"), load_encoder("timm:test_vit", precision=precision)
+    assert (full.fingerprint["precision"], reduced.fingerprint["precision"]) == ("fp32", precision)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(purpose("random encoder"))
+        model = timm.create_model("test_vit", num_classes=0).eval()
+    images = prepared(tiles(), **full.fingerprint["preprocessing"])
+    with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+        expected = model(images).float()
+    found = reduced(tiles())
+    assert found.dtype == reduced.tokens(tiles()).dtype == torch.float32
+    torch.testing.assert_close(found, expected)
+    assert 0 < (found - full(tiles())).abs().max() < 0.1
+
+
+def test_a_stain_normalizer_can_be_asked_for_where_there_is_none(tiny_run):
+    encoder = load_encoder("timm:test_vit", stain="tile", name="mine")
+    assert encoder.stain == describe(Stain(normalize="tile"))
+    assert encoder.fingerprint["stain"] == "tile"
+    assert (encoder.name, encoder.fingerprint["name"]) == ("mine", "mine")
+    assert load_encoder("color", stain="slide").stain == describe(Stain(normalize="slide"))
+    assert load_encoder("timm:test_vit", stain="off").stain is None
+    with pytest.raises(UserError, match="comes with its own stain normalization; leave --stain off out"):
+        load_encoder(str(tiny_run), stain="off")
 
 
 def test_timm_with_random_weights_is_the_same_every_time():

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,8 @@ from eosin.data_tools.results import read_results
 from eosin.eval.describe import describe, verdict
 from eosin.eval.metrics import METRICS
 from eosin.eval.mil import AttentionProtocol
-from eosin.eval.probe import run_knn, run_linear, run_mil
+from eosin.eval.presets import preset
+from eosin.eval.probe import run_knn, run_linear, run_mil, run_preset
 from eosin.eval.question import Question
 from eosin.launch.cli import main
 
@@ -100,7 +102,98 @@ def test_presets_are_those_protocols_fold_by_fold(files, tmp_path, capsys):
     capsys.readouterr()
     wrong = ["--preset", "uni-knn", "--out", str(tmp_path / "no.json")]
     assert main(["eval", "linear", *map(str, files), *common, *wrong]) == 2
-    assert "valid here: uni-linear, pathobench-linear" in capsys.readouterr().err
+    assert "valid here: uni-linear, pathobench-linear, thunder-linear" in capsys.readouterr().err
+
+
+def test_shares_of_the_labels_are_learned_from_alone(files, tmp_path):
+    """Against brute force on the groups that label_share names; whole groups, the same for each encoder."""
+    from sklearn.neighbors import KNeighborsClassifier
+
+    from eosin.data_tools.embeddings import read_embeddings
+    from eosin.eval.fewshot import label_share
+
+    out = tmp_path / "r.json"
+    results = run_preset(Question(files, "label", "patient", out), "uni-knn", "knn", ratios=[0.1, 1, 0.1])
+    assert [e["variant"] for e in results["encoders"]] == ["10 % of labels", "100 % of labels"] * 2
+    assert results["parameters"]["ratios"] == [0.1, 1]
+    stored, predictions = read_results(out)
+    assert stored["encoders"] == results["encoders"]
+    for row in results["encoders"]:
+        mine = predictions[predictions["encoder"] == row["name"]].reset_index()
+        labels, folds = mine["label"].to_numpy(), mine["fold"].to_numpy()
+        _, groups = np.unique(mine["group"], return_inverse=True)
+        features = np.array(read_embeddings(files[row["encoder"] == "blind"]).features, dtype=np.float64)
+        share = row["details"]["share"]
+        for fold in np.unique(folds):
+            learned = np.flatnonzero(folds != fold)
+            taken = learned[label_share(labels[learned], groups[learned], share["ratio"], 0)]
+            assert (share["samples"][fold], share["groups"][fold]) == (len(taken), len(set(groups[taken])))
+            assert len(taken) == (len(learned) if share["ratio"] == 1 else pytest.approx(0.1 * len(learned), abs=16))
+            mean = features[taken].mean(axis=0)
+            unit = (features - mean) / np.linalg.norm(features - mean, axis=1, keepdims=True)
+            said = KNeighborsClassifier(20).fit(unit[taken], labels[taken]).predict_proba(unit[folds == fold])
+            found = mine.loc[folds == fold, ["probability_normal", "probability_tumor"]]
+            np.testing.assert_allclose(found, said, atol=1e-6)
+    text = describe(results)
+    assert "samples learned from" in text
+    assert "good + 10 % of labels" in text
+
+
+@pytest.mark.parametrize("probe", ["knn", "linear"])
+def test_more_labels_tell_more(probe, write, cohort, tmp_path, capsys):
+    features, columns = cohort(4.0)
+    path = write("e", features, **columns)
+    ask = ["eval", probe, str(path), "--label", "label", "--group", "patient", "--device", "cpu"]
+    k = ["--k", "5"] if probe == "knn" else []
+    assert main([*ask, *k, "--out", str(tmp_path / "r.json"), "--ratios", ".01", "1"]) == 0
+    few, all_of_them = read_results(tmp_path / "r.json")[0]["encoders"]
+    assert (few["variant"], all_of_them["variant"]) == ("1 % of labels", "100 % of labels")
+    assert few["metrics"]["auroc"]["value"] + 0.05 < all_of_them["metrics"]["auroc"]["value"]
+    assert min(few["details"]["share"]["groups"]) == 2  # no less than two groups, and both classes
+    # The share of 100 % is what is said without any.
+    assert main([*ask, *k, "--out", str(tmp_path / "w.json")]) == 0
+    (whole,) = read_results(tmp_path / "w.json")[0]["encoders"]
+    assert whole["metrics"] == all_of_them["metrics"]
+    capsys.readouterr()
+    for more, said in [
+        (["--ratios", "2"], "a share of labels of 2.0 is not in (0, 1]"),
+        *(
+            [(["--ratios", ".01", "--k", "50"], "to vote of the smallest share; give smaller --k or larger --ratios")]
+            * (probe == "knn")
+        ),
+        *(
+            [(["--ratios", ".01", "--preset", "thunder-linear"], "2 groups, too few to hold some of them out")]
+            * (probe == "linear")
+        ),
+    ]:
+        assert main([*ask, "--out", str(tmp_path / "no.json"), *more]) == 2
+        assert said in capsys.readouterr().err.strip().splitlines()[-1]
+        assert not list(tmp_path.glob("no*"))
+
+
+def test_runs_of_a_preset_are_averaged_and_their_spread_is_told(files, tmp_path, monkeypatch):
+    """eva-linear with few steps: every run scores every sample once, values are means of the runs' own."""
+    chosen = preset("eva-linear")
+    short = replace(chosen, parameters=dict(chosen.parameters) | {"steps": 20, "runs": 3})
+    monkeypatch.setattr("eosin.eval.presets.PRESETS", {"eva-linear": short})
+    results = run_preset(Question(files, "label", "patient", tmp_path / "r.json"), "eva-linear", "logistic")
+    predictions = read_results(tmp_path / "r.json")[1]
+    assert (results["n"], len(predictions), results["split"]["passes"]) == (320, 2 * 3 * 320, 3)
+    for name, rows in predictions.groupby("encoder"):
+        runs = [rows[rows["fold"] // 5 == run] for run in range(3)]
+        assert all(run["key"].is_unique and len(run) == 320 for run in runs)
+        assert all((run.groupby("group")["fold"].nunique() == 1).all() for run in runs)
+        by_run = [balanced_accuracy_score(run["label"], run["predicted"]) for run in runs]
+        assert metric(results, name)["value"] == pytest.approx(np.mean(by_run))
+        details = next(e for e in results["encoders"] if e["name"] == name)["details"]
+        assert details["balanced_accuracy_by_run"] == pytest.approx(by_run)
+        assert details["balanced_accuracy_deviation"] == pytest.approx(np.std(by_run, ddof=1))
+        assert len(details["step"]) == 15
+        assert (runs[0]["probability_tumor"].to_numpy() != runs[1]["probability_tumor"].to_numpy()).any()
+    text = describe(results)
+    assert "5 grouped folds, mean of 3 runs" in text
+    assert "SD over runs" in text
+    assert "not as published: the epoch is chosen on a grouped fold" in text
 
 
 def test_permuted_labels_are_at_chance(cohort, write, tmp_path):

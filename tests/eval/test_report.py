@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import io
+import shlex
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,7 +18,7 @@ from PIL import Image
 
 from eosin.data_tools import qc
 from eosin.data_tools.errors import UserError
-from eosin.data_tools.results import write_results
+from eosin.data_tools.results import read_results, write_results
 from eosin.data_tools.shards import ShardSet, slide_key, write_slides
 from eosin.eval.encoders import weights_sha256
 from eosin.eval.probe import attention_path
@@ -24,6 +26,7 @@ from eosin.eval.report import exhibits, findings, limits, sections, write_report
 from eosin.eval.report.material import gather
 from eosin.eval.report.page import Words
 from eosin.launch.cli import main
+from eosin.launch.verbs import eval as eval_verb
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)> $\\frac{$"
 METRICS = ("balanced_accuracy", "macro_f1", "accuracy", "auroc")
@@ -392,6 +395,60 @@ def test_a_set_tiled_beside_is_shown_with_why_it_stays_as_it_is(tiny_run, tiny_s
     page = (tmp_path / "r.html").read_text()
     assert "not trained on: other-stain" in page
     assert "H&amp;E operations are off for 4 slides" in page
+
+
+def test_command_of_results_says_every_option_that_made_them(cohort, write, tmp_path):
+    features, columns = cohort(2.0)
+    columns |= {"scanner": [f"it's {i % 2}" for i in range(320)], "box": [f"b{i % 8}" for i in range(320)]}
+    path = write("e", features, **columns)
+    for verb, *options in (
+        ["knn", "--group", "patient", "--k", "3", "10", "--split", "monte-carlo", "--repeats", "2", "--folds", "4"],
+        ["knn", "--group", "patient", "--preset", "uni-knn", "--by", "scanner", "--cluster", "slide", "--seed", "7"],
+        ["knn", "--group", "box", "--split", "leave-one-group-out", "--allow-leak", "it's a test; $HOME"],
+        ["retrieval", "--group", "patient", "--top", "1", "2"],
+        ["fewshot", "--group", "patient", "--shots", "1", "2", "--episodes", "4", "--preset", "thunder-simpleshot"],
+    ):
+        out = tmp_path / f"r {verb}.json"
+        given = [verb, str(path), "--label", "label", *options, "--out", str(out)]
+        assert main(["eval", *given]) == 0
+        command = sections.eval_command(findings.load([out])[0], str(path))
+        assert parsed(shlex.split(command)[2:]) == parsed(given)
+
+
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    """What 'eosin eval' understands."""
+    parser = argparse.ArgumentParser()
+    eval_verb.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def test_other_kinds_of_results_go_into_the_report(tiny_run, tmp_path):
+    names = ("pearson", "mae")
+    path = results(tmp_path / "r.json", {TRAINED: 0.4, COLOR: 0.2}, {}, "ridge", primary="pearson", classes=[])
+    data, said = read_results(path)
+    for row in data["encoders"]:
+        row["metrics"] = {m: metric(1.5) if m == "mae" else row["metrics"]["auroc"] for m in names}
+    data["encoders"][1]["metrics"]["pearson"] = None
+    pair = {"a": TRAINED, "b": COLOR, "metric": "pearson", "value": 0.2, "low": 0.1, "high": 0.3, "excludes_zero": True}
+    data |= {"chance": {"pearson": None, "mae": 1.0}, "comparisons": [pair], "class_counts": []}
+    write_results(path, {k: v for k, v in data.items() if k not in ("schema", "kind")}, said)
+    text = report(tiny_run, tmp_path / "r.html", [path, knn(tmp_path / "knn.json")]).text
+    assert "Encoder Pearson r MAE in deviations run .40 [.35, .45] 1.50 [1.45, 1.55] color – 1.50" in text
+    assert "chance – 1.00" in text
+    assert "Ridge regression" in text
+    assert "run − color +.20 [+.10, +.30] excludes zero" in text
+
+
+def test_further_metrics_and_an_allowed_leak_are_shown(tmp_path):
+    leaks = {"found": [{"what": "slide", "count": 3, "example": "s", "samples": 9}], "reason": "why not"}
+    path = results(tmp_path / "r.json", {TRAINED: 0.8}, {}, leaks=leaks, chance={"quadratic_kappa": 0.0})
+    data, _ = read_results(path)
+    data["encoders"][0]["metrics"]["quadratic_kappa"] = metric(0.6)
+    probe = findings.probes([findings.Results(path, data, pd.DataFrame())])[0]
+    assert [findings.title_of(m) for m in probe.metrics][-1] == "quadratic kappa"
+    assert findings.metric_rows(probe)[0][-1] == ".60\u00a0[.55,\u00a0.65]"
+    assert "no patient on both sides" not in probe.conditions
+    assert "a leak was allowed: 3 of 'slide' on both sides of a split" in probe.conditions
 
 
 @pytest.mark.parametrize("broken", ["{garbage", "[1]", '{"convention": "eosin", "vectors": 1}'])

@@ -37,6 +37,14 @@ def test_files_in_another_order_are_aligned_by_key(write):
     assert [e.name for e in task.encoders] == ["a", "b"]
 
 
+def test_features_of_others_are_compared_by_their_keys(write):
+    known = {"label": list("xxyy"), "patient": list("pqrs")}
+    ours = write("ours", np.eye(4), **known)
+    theirs = write("theirs", np.eye(4)[::-1], shards="keys 1a2b", key=["t3", "t2", "t1", "t0"], **known)
+    task = load_task([ours, theirs], "label", "patient")
+    np.testing.assert_array_equal(task.encoders[1].features, np.eye(4))
+
+
 def test_bags(write):
     path = write("e", np.eye(6), slide=list("bbaacc"), label=[1.0, 1, 0, 0, 1, 1], patient=list("qqppqq"))
     task, bags = pool_task(load_task([path], "label", "patient"), "slide")

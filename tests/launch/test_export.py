@@ -52,6 +52,7 @@ def test_the_bundle_is_plain_data(release):
         "config.json",
         "model.safetensors",
         "preprocessing.json",
+        "seen.json",
     ]
     config = json.loads((release / "config.json").read_text())
     assert "num_classes" not in config["model_args"]

@@ -1,14 +1,22 @@
-"""``eosin eval knn``, ``linear`` and ``mil``: probes that tell classes apart, on embeddings."""
+"""``eosin eval knn``, ``linear``, ``mlp`` and ``mil``: probes that tell classes apart, on embeddings."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from eosin.eval.question import Question
+
+# Probe -> the family of its presets.
+FAMILIES = {"knn": "knn", "linear": "logistic"}
 EPILOG = """\
 examples:
   eosin eval knn trained.safetensors random.safetensors color.safetensors --label label --group patient --out knn.json
   eosin eval linear *.safetensors --label grade --labels grades.csv --key slide --group patient --out linear.json
+  eosin eval linear *.safetensors --label label --group patient --preset thunder-linear --out thunder.json
+  eosin eval linear *.safetensors --label label --group patient --ratios .01 .1 .5 1 --out shares.json
   eosin eval mil *.safetensors --label label --group patient --out mil.json
   eosin eval knn *.safetensors --label label --group site --split leave-one-group-out --by scanner --out sites.json
   eosin eval linear *.safetensors --label label --group patient --split fixed --side split --out fixed.json
@@ -20,15 +28,27 @@ OUT.predictions.parquet holds what was said of each sample."""
 
 def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     """Declare the arguments of one probe."""
+    from eosin.eval.presets import names
+
     parser.epilog = EPILOG
     add_question(parser)
     if name == "knn":
         parser.add_argument(
             "--k", type=int, nargs="+", default=[20], metavar="K", help="neighbors; several in one pass"
         )
-    if name != "mil":
-        valid = "dinov2-knn, uni-knn" if name == "knn" else "uni-linear, pathobench-linear"
+    if name in FAMILIES:
+        valid = ", ".join(names(FAMILIES[name]))
         parser.add_argument("--preset", metavar="NAME", help=f"a published protocol in its place: {valid}")
+        parser.add_argument(
+            "--ratios",
+            type=float,
+            nargs="+",
+            default=[],
+            metavar="R",
+            help="shares of the labels, in turn: .01 .1 .5 1",
+        )
+    if name == "mlp":
+        parser.add_argument("--width", type=int, default=256, metavar="N", help="of the hidden layer")
     if name == "mil":
         parser.add_argument("--bag", default="slide", metavar="COLUMN", help="what a bag is")
 
@@ -41,20 +61,21 @@ def main(args: argparse.Namespace) -> int:
     from eosin.eval.encoders import pick_device
 
     question, device = the_question(args), str(pick_device(args.device))
-    if args.probe != "mil" and args.preset:
-        family = {"knn": "knn", "linear": "logistic"}[args.probe]
-        results = probe.run_preset(question, args.preset, family, device)
+    if args.probe in FAMILIES and args.preset:
+        results = probe.run_preset(question, args.preset, FAMILIES[args.probe], device, args.ratios)
     elif args.probe == "linear":
-        results = probe.run_linear(question, device)
+        results = probe.run_linear(question, device, args.ratios)
     elif args.probe == "knn":
-        results = probe.run_knn(question, args.k, device)
+        results = probe.run_knn(question, args.k, device, args.ratios)
+    elif args.probe == "mlp":
+        results = probe.run_mlp(question, args.width, device)
     else:
         results = probe.run_mil(question, args.bag, device)
     print(describe(results))
     return DONE
 
 
-def the_question(args: argparse.Namespace):  # type: ignore[no-untyped-def]
+def the_question(args: argparse.Namespace) -> Question:
     """The :class:`~eosin.eval.question.Question` that the arguments of :func:`add_question` ask."""
     from eosin.eval.question import Question
 
@@ -78,16 +99,31 @@ def the_question(args: argparse.Namespace):  # type: ignore[no-untyped-def]
 
 def add_question(parser: argparse.ArgumentParser) -> None:
     """Declare what every probe of classes is asked."""
+    add_label(parser, "what must not stand on both sides of a split, e.g. patient")
+    add_split(parser)
+    parser.add_argument(
+        "--by", nargs="+", default=[], metavar="COLUMN", help="give the metrics for each value too, e.g. of site"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of folds, bootstrap and training")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+
+
+def add_label(parser: argparse.ArgumentParser, group: str) -> None:
+    """Declare embeddings, their labels, results, and the group, of which is told what it is for."""
     parser.add_argument("embeddings", nargs="+", type=Path, metavar="E", help="embeddings of the same tiles")
     parser.add_argument("--label", required=True, metavar="COLUMN", help="what is to be told")
-    parser.add_argument(
-        "--group", required=True, metavar="COLUMN", help="what must not stand on both sides of a split, e.g. patient"
-    )
+    parser.add_argument("--group", required=True, metavar="COLUMN", help=group)
     parser.add_argument("--out", type=Path, required=True, metavar="R.json", help="the results")
-    parser.add_argument("--labels", type=Path, metavar="CSV", help="labels kept elsewhere, joined by --key")
+    parser.add_argument(
+        "--labels", type=Path, metavar="L", help="labels kept elsewhere: a CSV joined by --key, or annotations"
+    )
     parser.add_argument(
         "--key", choices=("tile", "slide", "patient"), default="slide", help="what a row of --labels speaks of"
     )
+
+
+def add_split(parser: argparse.ArgumentParser) -> None:
+    """Declare how sides are made, what must not stand on both, and what is drawn."""
     parser.add_argument(
         "--split",
         choices=("kfold", "leave-one-group-out", "monte-carlo", "fixed"),
@@ -101,14 +137,14 @@ def add_question(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--side", default="split", metavar="COLUMN", help="column that says train, val or test, for --split fixed"
     )
-    parser.add_argument(
-        "--by", nargs="+", default=[], metavar="COLUMN", help="give the metrics for each value too, e.g. of site"
-    )
+    add_leaks(parser)
+
+
+def add_leaks(parser: argparse.ArgumentParser) -> None:
+    """Declare what is drawn as a whole, and the reason for a leak."""
     parser.add_argument(
         "--cluster", metavar="COLUMN", help="what the bootstrap draws as a whole, e.g. patient; the group if not given"
     )
     parser.add_argument(
         "--allow-leak", metavar="REASON", help="score a split with a patient, slide or image on both sides; say why"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of folds, bootstrap and training")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
