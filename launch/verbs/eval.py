@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+from typing import Any
 
 # Probe -> (module with add_arguments(parser, name) and main(args), what it does).
 PROBES = {
@@ -22,8 +23,9 @@ PROBES = {
     "label": ("label", "labels of tiles from annotations of slides: GeoJSON, ASAP, masks"),
 }
 EPILOG = """\
-example:
+examples:
   eosin eval knn trained.safetensors random.safetensors color.safetensors --label label --group patient --out knn.json
+  eosin eval suite tiles --encoders run random:run color --data lc25000=LC25000 pbc=PBC --out results
 
 Each explains itself: eosin eval knn --help"""
 
@@ -44,5 +46,5 @@ def main(args: argparse.Namespace) -> int:
     return code
 
 
-def _module(name: str):  # type: ignore[no-untyped-def]
+def _module(name: str) -> Any:
     return importlib.import_module(f"eosin.launch.verbs.evals.{name}")

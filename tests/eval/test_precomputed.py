@@ -89,7 +89,7 @@ def test_encoders_on_the_same_tiles_are_compared_and_on_others_not(cohort):
     np.testing.assert_array_equal(other.features, flat)
     (folder / "uni" / "b 2.h5").unlink()
     import_features(folder / "uni", folder / "fewer.safetensors", folder / "slides.csv")
-    with pytest.raises(UserError, match="different shard sets"):
+    with pytest.raises(UserError, match="do not hold the same tiles"):
         load_task([folder / "fewer.safetensors", paths[1]], "label", "slide")
 
 
