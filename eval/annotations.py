@@ -74,9 +74,8 @@ class Annotations:
         path, size = self.files[number], self.sizes[number]
         if _is_outlines(path):
             return _painted(self._opened((number, 0), size), box, pixels)
-        width, height = size  # type: ignore[misc]
-        shape = round(height * pixels / box[2]), round(width * pixels / box[2])
-        return _sampled(self._opened((number, shape), size), (width, height), box, pixels)
+        assert size is not None
+        return _sampled(self._opened((number, _fine_enough(size, box, pixels)), size), size, box, pixels)
 
     def _opened(self, key: tuple[int, Any], size: tuple[int, int] | None) -> Any:
         """What a file holds; the last one is kept, since tiles of a slide come together."""
@@ -97,7 +96,11 @@ def tile_places(shards: ShardSet, extent: float | None = None) -> pd.DataFrame:
     Args:
         shards: of which µm/px of tiles and slides say how large a tile is.
         extent: of all tiles, given.
+
+    Raises UserError when ``extent`` is below 1 or not finite.
     """
+    if extent is not None and not 1 <= extent < math.inf:
+        raise UserError(f"--tile-size {extent:g} is no side of a tile; give 1 pixel or more")
     table = shards.table()
     slides = shards.slides()
     table["extent"] = np.nan
@@ -109,13 +112,15 @@ def tile_places(shards: ShardSet, extent: float | None = None) -> pd.DataFrame:
     return table
 
 
-def open_annotations(path: Path, table: pd.DataFrame, named: bool = True) -> tuple[Annotations, list[str]]:
-    """Find the annotations of tiles and, where they are ``named``, their classes.
+def open_annotations(path: Path, table: pd.DataFrame, pixels: int | None = POINTS) -> tuple[Annotations, list[str]]:
+    """Find the annotations of tiles and their classes.
 
     Args:
         path: a folder, searched to any depth, or one file.
         table: N tiles with key, slide, x and y; where they are known, extent (:func:`tile_places`) and the slide's
             width and height.
+        pixels: a side of the masks that will be asked for, which says what level of a pyramid is looked through for
+            classes; None where the files hold values and no classes.
 
     Returns:
         The annotations, and notices on slides without and files of no slide.
@@ -153,9 +158,9 @@ def open_annotations(path: Path, table: pd.DataFrame, named: bool = True) -> tup
         boxes[rows] = np.stack([columns[c][rows] for c in ("x", "y", "extent")], axis=1)
         sizes[one] = (round(size[0]), round(size[1])) if known else None
     annotations = Annotations([], files, sizes, file, boxes, legend)
-    if not named:
+    if pixels is None:
         return annotations, notices
-    annotations.classes = _classes(annotations)
+    annotations.classes = _classes(annotations, pixels)
     if not annotations.classes:
         more = "; left out: " + ", ".join(f"{n} {why}" for why, n in annotations.skipped.items())
         raise UserError(f"{path} annotates no class{more if annotations.skipped else ''}; see {LEGEND} in the help")
@@ -244,7 +249,7 @@ def _find(path: Path, keys: set[str], slides: set[str]) -> tuple[dict[str, Path]
     return found, notices + ([f"annotations of no slide or tile of these: {shorten(stray)}"] if stray else [])
 
 
-def _classes(annotations: Annotations) -> list[str]:
+def _classes(annotations: Annotations, pixels: int) -> list[str]:
     """Every class that the files name, or that the legend does; and count what is skipped."""
     named: set[str] = set()
     for number in np.unique(annotations.file[annotations.file >= 0]).tolist():
@@ -254,7 +259,9 @@ def _classes(annotations: Annotations) -> list[str]:
             named |= shapes.names
             annotations.skipped += shapes.skipped
         elif annotations.legend is None:
-            values = refusing(path, _read_values, path, (1, 1), size)
+            assert size is not None
+            shape = _fine_enough(size, annotations.boxes[(annotations.file == number).argmax()], pixels)
+            values = refusing(path, _read_values, path, shape, size)
             named |= set(_value_names(path, values, None).values())
     if annotations.legend is not None:
         return list(dict.fromkeys(name for name in annotations.legend.values() if name))
@@ -400,6 +407,11 @@ def _value_names(path: Path, given: tuple[np.ndarray, bool], legend: dict[str, s
             f"{path} holds {len(found)} values, too many for classes; list those that count in a {LEGEND} beside it"
         )
     return {v: n for v, n in name.items() if v}
+
+
+def _fine_enough(size: tuple[int, int], box: np.ndarray, pixels: int) -> tuple[int, int]:
+    """Height and width of a mask of ``size`` that has so many pixels a side of a tile."""
+    return round(size[1] * pixels / box[2]), round(size[0] * pixels / box[2])
 
 
 def _coded(

@@ -50,14 +50,14 @@ def contamination(encoders: Sequence[Embeddings], rows: np.ndarray) -> dict[str,
     found: dict[str, dict[str, Any]] = {}
     rows = np.unique(rows)
     for encoder in encoders:
-        if COLUMN not in encoder.table:
+        if COLUMN not in encoder.encoder:  # a column of that name may have come from a table of the user's own
             found[encoder.name] = dict(UNKNOWN)
             continue
         table = encoder.table.iloc[rows]
         marks = table[COLUMN].to_numpy().astype(np.int64)
         samples = int((marks > 0).sum())
         found[encoder.name] = {
-            "known": bool(encoder.encoder.get(COLUMN, {}).get("complete", True)),
+            "known": bool(encoder.encoder[COLUMN]["complete"]),
             "samples": samples,
             "slides": _different(table, "slide", marks & SLIDE),
             "patients": _different(table, "patient", marks & PATIENT),

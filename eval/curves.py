@@ -79,8 +79,9 @@ def run_curves(
         question: its embeddings are made here.
 
     Raises:
-        UserError: as :func:`~eosin.eval.question.prepare`; also for names of encoders that are alike, shares out of
-            range, fewer samples to learn from than ``k``, or more than 1 % of the tiles (and more than 3) unusable.
+        UserError: as :func:`~eosin.eval.question.prepare`; also for names of encoders or points that are alike, shares
+            or numbers of tiles out of range, fewer samples to learn from than ``k``, or more than 1 % of the tiles (and
+            more than 3) unusable.
     """
     refuse_foreign(question.out)
     names = [encoder.name for encoder in encoders]
@@ -89,6 +90,11 @@ def run_curves(
     for share in plan.shares:
         if not 0 < share < 1:
             raise UserError(f"--share {share:g} is out of range; give 0.1 for 10 %, and at most 0.99")
+    points = [*(d.name for d in plan.degradations), *(share_name(share) for share in plan.shares)]
+    if len(set(points)) < len(points):
+        raise UserError(f"'{next(p for p in points if points.count(p) > 1)}' is asked for twice; give each point once")
+    if plan.max_tiles is not None and plan.max_tiles < 1:
+        raise UserError(f"--max-tiles {plan.max_tiles} is not a number of tiles; give 1 or more")
     tiles = _drawn(len(shards), plan.max_tiles, question.seed)
     folder = cache_folder(question.out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -191,6 +197,7 @@ def _answers(
             used = label_share(labels, groups, share, seed)
             found[point, rows] = probe(features[0][asked], features[0][train[used]], labels[used], groups[used])
             details[point].setdefault("learned_from", []).append(len(used))
+            details[point].setdefault("share", []).append(len(used) / len(labels))
     fingerprint = {key: value for key, value in encoder.encoder.items() if key != "degradation"}
     return [Answer(encoder.name, n, fingerprint, f, d) for n, f, d in zip(names, found, details)]
 
@@ -224,7 +231,7 @@ def _conclude(
     """Score every point; compare each with the clean one of its encoder, and the encoders at each point."""
     rows, once = split.rows, np.unique(split.rows)
     numbers, names = clusters_of(question, task, rows)
-    samples = scores.Samples.of(task.labels[rows], numbers, split.passes, task.classes, task.ordered, question.seed)
+    samples = scores.Samples.of(task, split, numbers, question.seed)
     values, pairs = scores.score(samples, answers)
     clean = {answer.name for answer in answers if answer.variant == CLEAN.name}
     alike = {answer.name: answer.variant for answer in answers}
@@ -273,6 +280,7 @@ def _conclude(
     results["notes"] = [
         *leak_notes,
         *_too_few(answers, plan, len(task.classes)),
+        *_larger(answers, plan),
         *contamination.notes(seen),
         *scores.notes(samples, described, {}),
     ]
@@ -290,3 +298,11 @@ def _too_few(answers: list[Answer], plan: Plan, n_classes: int) -> list[str]:
         f"At {', '.join(few)} a class has fewer than k = {plan.k} samples on average, so that most votes are of other "
         "classes; a smaller --k or --probe linear asks such shares."
     ]
+
+
+def _larger(answers: list[Answer], plan: Plan) -> list[str]:
+    """A note on shares of the labels that whole groups of every class exceed by half and more."""
+    held = {a.variant: float(np.mean(a.details["share"])) for a in answers if "share" in a.details}
+    asked = {share_name(share): share for share in plan.shares}
+    more = [f"{variant} holds {100 * s:.2g} %" for variant, s in held.items() if s > 1.5 * asked[variant]]
+    return [f"Whole groups of every class are taken: {', '.join(more)}."] if more else []

@@ -134,7 +134,7 @@ def _ground(
                 f"{shards.name} has no column '{column}' for {option}; {nearest(column, list(map(str, table.columns)))}"
             )
     table["crc32"], table["size"] = (shards.column(name).astype(np.int64) for name in ("crc32", "size"))
-    annotations, notices = open_annotations(masks, table, named=not settings.regress)
+    annotations, notices = open_annotations(masks, table, None if settings.regress else shards.tile_size)
     has_file, grouped = annotations.file >= 0, text(table[question.group]) != ""
     left_out = {"no annotation": int((~has_file).sum())}
     left_out[f"no group in '{question.group}'"] = int((has_file & ~grouped).sum())
@@ -142,6 +142,9 @@ def _ground(
     good = dense_data.readable(shards, tiles)
     left_out["an image that cannot be read"] = int((~good).sum())
     tiles = tiles[good]
+    nothing = UserError(f"no tile of {shards.name} lies under an annotation of {masks} and has a group")
+    if not len(tiles):
+        raise nothing
     if settings.regress:
         truth = dense_data.value_truth(annotations, tiles, (CELLS, CELLS))
         named = annotations.legend or {}
@@ -152,13 +155,13 @@ def _ground(
         counts = _counts(truth, range(len(truth)), len(annotations.classes))
         left_out["no annotation"] += int((counts.sum(axis=1) == 0).sum())
         classes, truth, tiles, counts = _present(annotations.classes, truth, tiles, counts)
+        if not len(tiles):
+            raise nothing
         if len(classes) == 1:
             raise UserError(
                 f"{masks} annotates one class only in these tiles ('{classes[0]}'); a probe needs two or more"
             )
         kinds, labels = classes, _leading(classes, counts, text(table[question.group])[tiles])
-    if not len(tiles):
-        raise UserError(f"no tile of {shards.name} lies under an annotation of {masks} and has a group")
     names, groups = np.unique(text(table[question.group])[tiles], return_inverse=True)
     rows = table.iloc[tiles].reset_index(drop=True)
     task = Task(
@@ -211,7 +214,8 @@ def _classes(ground: _Ground, tokens: dense_data.Tokens) -> tuple[Row, pd.DataFr
                 pairs = truth[tile][real].astype(np.int64) * n_classes + said[real]
                 confusion[answer] = np.bincount(pairs, minlength=n_classes**2).reshape(n_classes, n_classes)
                 shown[ground.shown == tile] = said
-    values, per_class = class_values(confusion, ground.clusters[split.rows], split.passes, ground.draws, classes)
+    clusters = ground.clusters[split.rows]
+    values, per_class = class_values(confusion, split.rows, clusters, split.passes, ground.draws, classes)
     details = {"C": chosen, "grid": list(tokens.grid), "dimension": tokens.maps.shape[3], "patches": len(of_tile)}
     columns = {f"annotated_{c}": confusion[:, i].sum(axis=1) for i, c in enumerate(classes)}
     columns |= {f"told_{c}": confusion[:, :, i].sum(axis=1) for i, c in enumerate(classes)}

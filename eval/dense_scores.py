@@ -18,12 +18,18 @@ FLAT = 1e-10  # share of a sum of squares below which it is rounding
 
 
 def class_values(
-    confusion: np.ndarray, clusters: np.ndarray, passes: np.ndarray, draws: np.ndarray, classes: Sequence[str]
+    confusion: np.ndarray,
+    rows: np.ndarray,
+    clusters: np.ndarray,
+    passes: np.ndarray,
+    draws: np.ndarray,
+    classes: Sequence[str],
 ) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Any]]]:
     """Mean Dice, mean IoU and the share of pixels told right, and each class's own.
 
     Args:
         confusion: [M, C, C], pixels of each tile by truth and answer.
+        rows: [M], the tiles; those of several passes stand there several times.
         clusters: [M], numbers in [0, G).
         passes: [M]; values of several passes are averaged.
         draws: [1 + draws, G], how often each cluster is drawn; the first row is all ones.
@@ -46,9 +52,9 @@ def class_values(
     mean = {
         metric: mean_defined(np.stack([mean_defined(v) for v in values], axis=-1)) for metric, values in found.items()
     }
-    pixels = confusion.sum(axis=2)
+    pixels, (_, once) = confusion.sum(axis=2), np.unique(rows, return_index=True)
     per_class = {
-        name: {"n": int(pixels[:, c].sum()), "clusters": len(np.unique(clusters[pixels[:, c] > 0]))}
+        name: {"n": int(pixels[once, c].sum()), "clusters": len(np.unique(clusters[pixels[:, c] > 0]))}
         | {metric: interval(values[:, c]) for metric, values in each.items()}
         for c, name in enumerate(classes)
     }

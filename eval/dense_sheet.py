@@ -15,7 +15,7 @@ PAD, HEAD = 8, 30
 OPACITY = 0.55
 # Okabe and Ito 2008, told apart by all; further classes begin anew at half the brightness.
 COLORS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (213, 94, 0), (0, 114, 178), (204, 121, 167), (240, 228, 66))
-FONT = cv2.FONT_HERSHEY_SIMPLEX
+FONT, SIZE = cv2.FONT_HERSHEY_SIMPLEX, 0.42
 
 
 def sheet_path(out: Path) -> Path:
@@ -37,10 +37,12 @@ def write_sheet(
     values = truth.ndim == 4
     columns = {"tile": None, "truth": truth} | told
     low, high = (np.percentile(truth[..., 0], q) for q in (2, 98)) if values else (0.0, 1.0)
-    width, legend = PAD + (TILE + PAD) * len(columns), _legend(names, values)
+    width = PAD + (TILE + PAD) * len(columns)
+    legend = [f"{names[0]}: dark {low:.4g}, bright {high:.4g}"] if values else names
     rows = [np.full((HEAD, width, 3), 255, np.uint8)]
     for number, name in enumerate(columns):
-        cv2.putText(rows[0], _fitting(name), (PAD + number * (TILE + PAD), 20), FONT, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
+        place = PAD + number * (TILE + PAD), 20
+        cv2.putText(rows[0], _fitting(name)[0], place, FONT, SIZE, (0, 0, 0), 1, cv2.LINE_AA)
     for i, image in enumerate(images):
         row = np.full((TILE + PAD, width, 3), 255, np.uint8)
         base = cv2.resize(image, (TILE, TILE), interpolation=cv2.INTER_AREA)
@@ -53,7 +55,7 @@ def write_sheet(
             else:
                 row[:TILE, left : left + TILE] = _overlay(base, shown[i])
         rows.append(row)
-    sheet = np.concatenate([*rows, _widened(legend, width)])
+    sheet = np.concatenate([*rows, *_legend(legend, width, [] if values else list(map(color, range(len(names)))))])
     with atomic_path(path) as temporary:
         temporary.write_bytes(cv2.imencode(".png", sheet[..., ::-1])[1].tobytes())
 
@@ -79,28 +81,32 @@ def _heat(values: np.ndarray, low: float, high: float) -> np.ndarray:
     return cv2.applyColorMap(large, cv2.COLORMAP_VIRIDIS)[..., ::-1]
 
 
-def _legend(names: list[str], values: bool) -> np.ndarray:
-    """One line of colors and their classes, or the channel that is shown."""
-    line = np.full((HEAD, 20 + sum(34 + 9 * len(_fitting(n)) for n in names), 3), 255, np.uint8)
-    if values:
-        cv2.putText(line, _fitting(names[0]), (PAD, 20), FONT, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
-        return line
-    left = PAD
+def _legend(names: list[str], width: int, colors: list[tuple[int, ...]]) -> list[np.ndarray]:
+    """Names behind their colors, where they have any, in as many lines as they take."""
+    lines: list[np.ndarray] = []
+    left = width
     for number, name in enumerate(names):
-        line[8:22, left : left + 14] = color(number)
-        cv2.putText(line, _fitting(name), (left + 19, 20), FONT, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
-        left += 34 + 9 * len(_fitting(name))
-    return line
+        box = 19 if colors else 0
+        text, wide = _fitting(name, width - 2 * PAD - box)
+        if left + box + wide > width - PAD:
+            lines.append(np.full((HEAD, width, 3), 255, np.uint8))
+            left = PAD
+        if colors:
+            lines[-1][8:22, left : left + 14] = colors[number]
+        cv2.putText(lines[-1], text, (left + box, 20), FONT, SIZE, (0, 0, 0), 1, cv2.LINE_AA)
+        left += box + wide + 2 * PAD
+    return lines
 
 
-def _widened(line: np.ndarray, width: int) -> np.ndarray:
-    """A line cut or filled up to a width."""
-    wide = np.full((len(line), width, 3), 255, np.uint8)
-    wide[:, : line.shape[1]] = line[:, :width]
-    return wide
-
-
-def _fitting(name: str) -> str:
-    """A name that OpenCV can write in a column's width."""
+def _fitting(name: str, width: int = TILE) -> tuple[str, int]:
+    """A name that OpenCV can write, its middle left out where it is wider, and its width in pixels."""
     plain = name.encode("ascii", "replace").decode()
-    return plain if len(plain) <= 20 else f"{plain[:8]}..{plain[-10:]}"
+
+    def wide(text: str) -> int:
+        return int(cv2.getTextSize(text, FONT, SIZE, 1)[0][0])
+
+    text, kept = plain, len(plain)
+    while wide(text) > width and kept > 2:
+        kept -= 1
+        text = f"{plain[: kept // 2]}..{plain[-(kept - kept // 2) :]}"
+    return text, wide(text)

@@ -95,7 +95,9 @@ def features_of(
         raw.update(REASONS[r] for r in reason.tolist() if r)
     features = encoder(pixels).cpu().numpy()
     if not np.isfinite(features).all():
-        raise UserError(f"'{encoder.name}' gives values that are not finite; its weights are broken")
+        raise UserError(
+            f"'{encoder.name}' gives values that are not finite; its weights are broken or --precision is too low"
+        )
     return features, raw
 
 

@@ -86,7 +86,12 @@ def made_already(out: Path, fingerprint: dict[str, Any]) -> Summary | None:
         return None
     there = read_embeddings(out)
     if there.encoder != fingerprint:
-        raise UserError(f"{out} holds other embeddings (of '{there.name}'); give another --out, or remove it first")
+        keys = sorted({*there.encoder, *fingerprint})
+        other = ", ".join(key for key in keys if there.encoder.get(key) != fingerprint.get(key))
+        raise UserError(
+            f"{out} holds other embeddings (of '{there.name}', with other {other}); give another --out, or remove it "
+            "first"
+        )
     shutil.rmtree(_folder(out), ignore_errors=True)  # where a kill came between the last two steps
     return Summary(len(there.features), there.features.shape[1], cached=True)
 

@@ -65,11 +65,16 @@ def from_code(encoder: str) -> Network:
         identity["preprocessing"] = timm_preprocessing(module)  # type: ignore[arg-type]
         prepare = partial(prepared, **identity["preprocessing"])
 
+    dimensions: set[int] = set()
+
     def read(images: torch.Tensor, pooling: str, layers: int) -> torch.Tensor:
         if pooling == "own" and layers == 1:
             with blamed(encoder):
-                features = model(images)
-            return _checked(encoder, features, len(images))
+                features = _checked(encoder, model(images), len(images))
+            dimensions.add(features.shape[1])
+            if len(dimensions) > 1:
+                raise UserError(f"'{encoder}' gave features of {sorted(dimensions)} numbers; all must have as many")
+            return features
         if not like_timm:
             raise UserError(f"--pooling and --layers need a timm model; '{encoder}' decides that itself")
         with blamed(encoder):
@@ -100,6 +105,8 @@ def blamed(encoder: str) -> Iterator[None]:
 
 def _made(encoder: str) -> Any:
     name, _, attribute = encoder.partition(":")
+    if name.endswith(".py"):
+        raise UserError(f"no encoder '{encoder}': a module goes without its ending; give {name[:-3]}:{attribute}")
     if "" not in sys.path and os.getcwd() not in sys.path:  # noqa: PTH109 - entries are text
         sys.path.insert(0, os.getcwd())  # noqa: PTH109
     try:
@@ -113,7 +120,7 @@ def _made(encoder: str) -> Any:
         raise error
     function = getattr(module, attribute, None)
     if not callable(function):
-        known = [n for n in vars(module) if not n.startswith("_")]
+        known = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
         raise UserError(f"module '{name}' has no function '{attribute}'; {nearest(attribute, known)}")
     with blamed(encoder):
         return function()
@@ -142,7 +149,8 @@ def _transformed(encoder: str, transform: Callable[[Any], torch.Tensor], tiles: 
 
 
 def _checked(encoder: str, features: Any, count: int) -> torch.Tensor:
-    if not isinstance(features, torch.Tensor) or features.dim() != 2 or len(features) != count:
+    fits = isinstance(features, torch.Tensor) and features.dim() == 2 and len(features) == count
+    if not fits or not features.shape[1] or features.is_complex():
         raise UserError(f"'{encoder}' gave {_kind(features)} for {count} tiles; {CONTRACT}")
     return features
 

@@ -56,6 +56,8 @@ def reached(what: str) -> Iterator[None]:
     logging.set_verbosity_error()  # it tells of each new attempt
     try:
         yield
+    except errors.HFValidationError:
+        raise UserError(f"{what} is no name that the Hub allows; give hf-hub:OWNER/NAME as its page says") from None
     except errors.GatedRepoError:
         raise UserError(f"{what} is gated: {GATED}") from None
     except errors.RepositoryNotFoundError:

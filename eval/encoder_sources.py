@@ -6,6 +6,7 @@ the whole tile, of timm and torchvision their resizing and center crop. Weights 
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from eosin.ssl.seen import NOTHING, read_seen
 
 INIT_SEED = purpose("random encoder")
 INTERPOLATIONS = ("bicubic", "bilinear")
+LARGEST = 4096  # pixels, of a release's input
 
 
 def from_folder(folder: Path, *, trained: bool, step: int | None = None) -> Network:
@@ -216,11 +218,14 @@ def _load_release(folder: Path, trained: bool) -> tuple[nn.Module, dict[str, Any
     config = read_json(folder / "config.json", "timm's description of a model")
     try:
         arguments = {"num_classes": config["num_classes"]} | config.get("model_args", {})
+        architecture = str(config["architecture"])
+        if not timm.is_model(architecture.split(".")[0]):  # timm would ask the Hub for some
+            raise UserError(f"{folder / 'config.json'} names the architecture '{architecture}', which timm has not")
         with torch.random.fork_rng([]):
             torch.manual_seed(INIT_SEED)
-            model = timm.create_model(config["architecture"], **arguments)
-        found = config["pretrained_cfg"]
-        preprocessing = {"size": found["input_size"][-1], "mean": found["mean"], "std": found["std"]}
+            # Said here, so that the file cannot ask for weights of elsewhere.
+            model = timm.create_model(architecture, pretrained=False, checkpoint_path="", **arguments)
+        preprocessing = _release_input(config["pretrained_cfg"], folder / "config.json")
     except KeyError as error:
         raise UserError(f"{folder / 'config.json'} has no key {error}; it does not describe a timm model") from None
     except (RuntimeError, TypeError, AssertionError) as error:
@@ -229,6 +234,16 @@ def _load_release(folder: Path, trained: bool) -> tuple[nn.Module, dict[str, Any
         load_teacher(folder / "model.safetensors", model)
     model.reset_classifier(0)  # type: ignore[operator]
     return model, preprocessing, _release_stain(folder / "preprocessing.json")
+
+
+def _release_input(found: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Size, mean and deviation of a release's input, for :func:`~eosin.eval.features.prepared`."""
+    size, mean, std = found["input_size"], found["mean"], found["std"]
+    numbers = [*mean, *std] if len(mean) == len(std) == 3 else []
+    fits = len(size) == 3 and isinstance(size[-1], int) and 0 < size[-1] <= LARGEST
+    if not fits or not numbers or not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers) or 0 in std:
+        raise UserError(f"{path} describes no input: input_size {size}, mean {mean}, std {std}")
+    return {"size": size[-1], "mean": mean, "std": std}
 
 
 def _release_stain(path: Path) -> dict[str, Any] | None:

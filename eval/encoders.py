@@ -27,7 +27,7 @@ from eosin.data_tools.errors import UserError
 from eosin.eval.color import color_statistics
 from eosin.eval.encoder_code import from_code, is_code
 from eosin.eval.encoder_hub import from_hub
-from eosin.eval.encoder_sources import from_folder, from_timm, from_torchvision
+from eosin.eval.encoder_sources import from_folder, from_timm, from_torchvision, short
 from eosin.eval.features import Network, weights_sha256
 from eosin.ssl.seen import NOTHING, Seen
 
@@ -113,7 +113,7 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(1, device=device).cpu()  # which "meta" cannot
     except (RuntimeError, AssertionError):
         raise UserError(f"there is no device '{name}' here; give --device auto, cpu or cuda") from None
     return device
@@ -134,7 +134,7 @@ def _network(encoder: str, pretrained: bool) -> Network:
     if is_code(encoder) and not Path(encoder).exists():
         return from_code(encoder)
     run, _, number = encoder.rpartition("@")
-    at_step = number.isdigit() and not Path(encoder).exists()
+    at_step = number.isascii() and number.isdigit() and not Path(encoder).exists()
     folder, step = (Path(run), int(number)) if at_step else (Path(encoder), None)
     return from_folder(folder, trained=True, step=step)
 
@@ -175,9 +175,12 @@ def _encoder(
     gives_tokens = True
     if "source" not in network.identity:  # code of the user's own may take tiles of one size only
         black = torch.zeros(1, 3, PROBE, PROBE, dtype=torch.uint8, device=device)
-        with torch.inference_mode():
-            function(black)  # refuses an impossible pooling early
-            gives_tokens = run(network.tokens, black) is not None
+        try:
+            with torch.inference_mode():
+                function(black)  # refuses an impossible pooling early
+                gives_tokens = run(network.tokens, black) is not None
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"'{network.name}' cannot be run on its own input size: {short(error)}") from None
     elif network.model is None:
         gives_tokens = False
     return Encoder(

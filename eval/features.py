@@ -117,7 +117,12 @@ def read_timm(model: nn.Module, images: torch.Tensor, pooling: str, layers: int)
 
 
 def pool(model: nn.Module, tokens: torch.Tensor, pooling: str) -> torch.Tensor:
-    """Features [B, D] of what a timm model's ``forward_features`` returned, [B, N, D] or a map."""
+    """Features [B, D] of what a timm model's ``forward_features`` returned, [B, N, D] or a map.
+
+    Raises UserError for a pooling that the model cannot give, and for models of several scales at once.
+    """
+    if not isinstance(tokens, torch.Tensor):
+        raise UserError("the model gives several maps or token lists at once, of which no one is its features")
     if "cls" in pooling and (tokens.dim() != 3 or not _has_class(model)):
         raise UserError(NO_CLASS)
     if tokens.dim() != 3:
@@ -149,9 +154,9 @@ def patch_tokens(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor | None:
 
 
 def grid(tokens: torch.Tensor, prefix: int) -> torch.Tensor | None:
-    """Tokens [B, prefix + P, D] as [B, h, w, D], None where P is no square number."""
+    """Tokens [B, prefix + P, D] as [B, h, w, D], None where P is no square number or 0."""
     side = math.isqrt(tokens.shape[1] - prefix)
-    if tokens.dim() != 3 or side * side != tokens.shape[1] - prefix:
+    if tokens.dim() != 3 or not side or side * side != tokens.shape[1] - prefix:
         return None
     return tokens[:, prefix:].unflatten(1, (side, side))
 

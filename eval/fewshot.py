@@ -16,9 +16,6 @@ here, and what is drawn comes from the training side only.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -27,21 +24,16 @@ import torch.nn.functional as F
 
 from eosin.data_tools.draws import hash32, permute, purpose
 from eosin.data_tools.errors import UserError
-from eosin.data_tools.results import read_results, write_results
-from eosin.eval import metrics, statistics
-from eosin.eval.describe import PRIMARY, verdict
+from eosin.eval.describe import PRIMARY
 from eosin.eval.presets import names, preset
 from eosin.eval.question import Answer, Question, conclude, each_fold, prepare
-from eosin.eval.scores import Samples
 from eosin.eval.splits import Split
-from eosin.eval.task import Task, column_of
+from eosin.eval.task import Task
 
 Form = Literal["uni", "thunder"]
 SHOTS = (1, 2, 4, 8, 16, 32)
-EPISODES = 1000
+EPISODES, MOST_EPISODES = 1000, 100_000
 CHUNK = 1 << 22  # numbers in a chunk of episodes: of samples drawn, and of scores
-# What is a mean over samples, so that its mean over episodes is that of each sample's share of right answers.
-LINEAR_METRICS = (PRIMARY, "accuracy")
 
 
 def run_fewshot(
@@ -63,8 +55,8 @@ def run_fewshot(
     """
     if (chosen := preset(name)).protocol != "simpleshot":
         raise UserError(f"preset '{name}' is of another kind; valid here: {', '.join(names('simpleshot'))}")
-    if episodes < 2:
-        raise UserError(f"--episodes {episodes} has no deviation; give 2 or more")
+    if not 2 <= episodes <= MOST_EPISODES:
+        raise UserError(f"--episodes {episodes} has no deviation, or no end; give 2 to {MOST_EPISODES}")
     task, split, leaks = prepare(question)
     shots = tuple(dict.fromkeys(shots))
     _check_shots(shots, task, split)
@@ -75,15 +67,7 @@ def run_fewshot(
         for count in shots
     ]
     parameters = {**chosen.parameters, "episodes": episodes, "shots": list(shots), "paper": chosen.paper}
-    if form == "thunder":
-        return conclude(question, task, split, leaks, answers, name, parameters, "tile")
-    with TemporaryDirectory() as folder:
-        inside = replace(question, out=Path(folder) / "results.json")
-        results = conclude(inside, task, split, leaks, answers, name, parameters, "tile")
-        predictions = read_results(inside.out)[1]
-    _take_means(results, question, task, split, answers)
-    write_results(question.out, results, predictions)
-    return results
+    return conclude(question, task, split, leaks, answers, name, parameters, "tile", episodes=form == "uni")
 
 
 def _check_shots(shots: Sequence[int], task: Task, split: Split) -> None:
@@ -120,83 +104,6 @@ def _answer(
     }
     details = {"shots": shots, "episodes": episodes, "over_episodes": found}
     return Answer(encoder.name, f"{shots} shot{'s' * (shots > 1)}", encoder.encoder, shares, details)
-
-
-def _take_means(results: dict[str, Any], question: Question, task: Task, split: Split, answers: list[Answer]) -> None:
-    """Put the means over the episodes where the results have what their vote reaches.
-
-    Balanced accuracy, accuracy and recalls are means over samples, so their means over episodes, and the bootstrap of
-    these, follow from the share of the episodes that were right of each sample. The other metrics are not, and go.
-    """
-    rows = split.rows
-    clusters = column_of(task, question.cluster, "--cluster") if question.cluster else task.groups
-    results["chance"] = {metric: results["chance"][metric] for metric in LINEAR_METRICS}
-
-    def samples(inside: np.ndarray) -> Samples:
-        asked = task.labels[rows[inside]], clusters[rows[inside]], split.passes[inside]
-        return Samples.of(*asked, task.classes, False, question.seed)
-
-    everything = np.ones(len(rows), dtype=bool)
-    found = [mean_metrics(samples(everything), a.probabilities) for a in answers]
-    for encoder, (values, recalls) in zip(results["encoders"], found):
-        encoder["metrics"] = {metric: statistics.interval(v) for metric, v in values.items()}
-        for label, recall in zip(task.classes, recalls.T):
-            kept = {key: encoder["classes"][label][key] for key in ("n", "clusters")}
-            encoder["classes"][label] = kept | {"recall": _interval(recall, results["clusters"])}
-        encoder.pop("delong", None)
-    by_name = dict(zip((a.name for a in answers), found))
-    pairs = dict.fromkeys((c["a"], c["b"]) for c in results["comparisons"])
-    results["comparisons"] = [
-        {"a": a, "b": b, "metric": m} | statistics.difference(by_name[a][0][m], by_name[b][0][m])
-        for a, b in pairs
-        for m in LINEAR_METRICS
-    ]
-    for column, table in results["by"].items():
-        texts = column_of(task, column, "--by")[rows]
-        for row in table:
-            inside = texts == (row["value"] or "")
-            part = samples(inside)
-            for answer in answers:
-                values, _ = mean_metrics(part, answer.probabilities[inside])
-                row["encoders"][answer.name] = {m: _interval(v, row["clusters"]) for m, v in values.items()}
-    results["verdict"] = verdict(results)
-    results["notes"].append(
-        "Values are means over the episodes, whose deviation is in the details; intervals are over groups. "
-        "The probabilities, and the calibration, are of the episodes' votes."
-    )
-
-
-def mean_metrics(samples: Samples, shares: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Means over episodes under every draw: of each of :data:`LINEAR_METRICS`, [R], and of the recalls, [R, K].
-
-    Args:
-        samples: M rows.
-        shares: [M, K], of the episodes that say each class of each sample.
-    """
-    right = shares[np.arange(len(shares)), samples.labels]
-    member = np.eye(len(samples.classes))[samples.labels]  # [M, K]
-    recalls, accuracies = [], []
-    for one in np.unique(samples.passes):
-        inside = samples.passes == one
-        groups = samples.groups[inside]
-        counts = metrics.sums(member[inside], groups, samples.weights)  # [R, K]
-        hits = metrics.sums(member[inside] * right[inside, None], groups, samples.weights)
-        with np.errstate(invalid="ignore"):
-            recalls.append(hits / counts)
-            accuracies.append(hits.sum(axis=1) / counts.sum(axis=1))
-    balanced = [metrics.mean_defined(recall) for recall in recalls]
-    found = {PRIMARY: balanced, "accuracy": accuracies}
-    means = {metric: metrics.mean_defined(np.stack(values, axis=-1)) for metric, values in found.items()}
-    return means, metrics.mean_defined(np.stack(recalls, axis=-1))
-
-
-def _interval(values: np.ndarray, groups: int) -> dict[str, Any] | None:
-    """None where undefined, without bounds where there is one group only."""
-    if not np.isfinite(values[0]):
-        return None
-    if groups < 2 or not np.isfinite(values[1:]).any():
-        return {"value": float(values[0]), "low": None, "high": None}
-    return dict(statistics.interval(values))
 
 
 def draw_episodes(labels: np.ndarray, n_classes: int, shots: int, episodes: int, seed: int) -> np.ndarray:

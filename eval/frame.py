@@ -7,6 +7,7 @@ here but intervals.
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,7 +50,10 @@ class Row:
 
 
 def refuse_foreign(out: Path) -> None:
-    """Raise UserError when ``out`` exists and is no results file."""
+    """Raise UserError when ``out`` exists and is no results file, or lies where nothing can be written."""
+    folder = next((parent for parent in out.absolute().parents if parent.exists()), out)
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"{folder} is no folder that can be written to; give another --out")
     try:
         foreign = out.exists() and read_json(out, "results").get("kind") != "eosin results"
     except UserError:
@@ -78,7 +82,7 @@ def settings(question: Question) -> dict[str, Any]:
 def clusters_of(question: Question, task: Task, rows: np.ndarray | None = None) -> tuple[np.ndarray, list[str]]:
     """What the bootstrap draws as a whole, --cluster or the group: number of each row, [M], and their names.
 
-    Raises UserError when --cluster names no column, or one that is empty somewhere.
+    Raises UserError when --cluster names no column, one that is empty somewhere, or all are of one cluster.
     """
     names = np.array(task.group_names)[task.groups]
     if question.cluster:
@@ -87,6 +91,11 @@ def clusters_of(question: Question, task: Task, rows: np.ndarray | None = None) 
     if (names == "").any():
         raise UserError(f"{(names == '').sum()} samples have no '{question.cluster}'; give another --cluster")
     values, numbers = np.unique(names, return_inverse=True)
+    if len(values) < 2:
+        raise UserError(
+            f"all that is scored is of one '{question.cluster or question.group}' ('{values[0]}'), so that no interval "
+            "can be drawn; give a finer --cluster or --group"
+        )
     return numbers, [str(v) for v in values]
 
 

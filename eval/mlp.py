@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from eosin.eval.sgd import Kind, Recipe, like_linear, side_by_side
 
-WIDTH = 256
+WIDEST = 1 << 16
 RECIPE = Recipe(
     optimizer="adamw",
     learning_rates=(3e-4, 3e-3),

@@ -27,6 +27,7 @@ from eosin.eval.embed_parts import Summary, made_already
 
 if TYPE_CHECKING:
     import pandas as pd
+    import torch
 
 FEATURES = ("features", "embeddings", "feats")
 COORDS = "coords"
@@ -40,6 +41,7 @@ COLUMNS = {
     "patients": "patient",
     "groups": "group",
 }
+BOUNDS = {"x": (-(2.0**53), 2.0**53), "y": (-(2.0**53), 2.0**53), "mpp": (1e-6, 1e6)}  # of what a row says of its place
 MPP = ("mpp", "target_mpp", "patch_mpp")  # attributes that say µm per pixel of the tiles
 SUFFIXES = (".npz", ".safetensors", ".h5", ".hdf5", ".pt", ".pth")
 
@@ -123,12 +125,12 @@ def _read(file: Path) -> tuple[dict[str, np.ndarray], float]:
             with np.load(file, allow_pickle=False) as archive:
                 return {name: archive[name] for name in archive.files}, np.nan
         if kind == ".safetensors":
-            from safetensors.numpy import load_file
+            from safetensors.torch import load_file
 
-            return dict(load_file(file)), np.nan
+            return _arrays(load_file(file)), np.nan
         return _read_torch(file) if kind in (".pt", ".pth") else _read_hdf5(file)
     except Exception as error:  # each library has errors of its own for a broken file
-        text = " ".join(str(error).split())[:120] or type(error).__name__
+        text = " ".join(str(error).split()).split(". ")[0][:120] or type(error).__name__
         raise UserError(f"{file} is not readable as {kind[1:]} without unpickling: {text}") from None
 
 
@@ -136,12 +138,14 @@ def _read_torch(file: Path) -> tuple[dict[str, np.ndarray], float]:
     import torch
 
     found = torch.load(file, map_location="cpu", weights_only=True)
-    arrays = found if isinstance(found, dict) else {FEATURES[0]: found}
-    return {
-        str(name): value.float().numpy() if value.is_floating_point() else value.numpy()
-        for name, value in arrays.items()
-        if isinstance(value, torch.Tensor)
-    }, np.nan
+    tensors = found if isinstance(found, dict) else {FEATURES[0]: found}
+    return _arrays({name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}), np.nan
+
+
+def _arrays(tensors: dict[Any, torch.Tensor]) -> dict[str, np.ndarray]:
+    """Tensors as arrays, floats as float32, since NumPy has no bfloat16."""
+    plain = {str(name): value.detach() for name, value in tensors.items()}
+    return {name: (v.float() if v.is_floating_point() else v).numpy() for name, v in plain.items()}
 
 
 def _read_hdf5(file: Path) -> tuple[dict[str, np.ndarray], float]:
@@ -157,15 +161,18 @@ def _read_hdf5(file: Path) -> tuple[dict[str, np.ndarray], float]:
 
 def _features(arrays: dict[str, np.ndarray], file: Path) -> np.ndarray:
     """Features [N, D], float32."""
+    if any(name.startswith("column/") for name in arrays):
+        raise UserError(f"{file} is a file of 'eosin embed' already; give it to 'eosin eval' as it is")
     name = next((n for n in FEATURES if n in arrays), None)
     if name is None:
         raise UserError(f"{file} holds no {' or '.join(FEATURES)}; it has: {', '.join(sorted(arrays)) or 'nothing'}")
     found = arrays[name]
     if found.ndim == 3 and len(found) == 1:
         found = found[0]
-    if found.ndim != 2 or not len(found) or found.dtype.kind not in "fiu":
+    if found.ndim != 2 or not found.size or found.dtype.kind not in "fiu":
         raise UserError(f"{file}: {name} is {found.dtype} of shape {list(found.shape)}, not numbers [N, D]")
-    found = found.astype(np.float32)
+    with np.errstate(over="ignore"):  # what is too large is refused as infinite
+        found = found.astype(np.float32)
     bad = ~np.isfinite(found).all(axis=1)
     if bad.any():
         raise UserError(f"{file} holds values that are not finite in {bad.sum()} of {len(bad)} rows; embed these again")
@@ -179,20 +186,30 @@ def _table(arrays: dict[str, np.ndarray], rows: int, file: Path, mpp: float, one
     places = arrays.get(COORDS)
     if places is not None:
         places = places[0] if places.ndim == 3 and len(places) == 1 else places
-        if places.ndim != 2 or len(places) != rows or places.shape[1] < 2:
+        if places.ndim != 2 or len(places) != rows or places.shape[1] < 2 or places.dtype.kind not in "iuf":
             raise UserError(f"{file}: {COORDS} of shape {list(places.shape)} do not belong to {rows} features")
     columns: dict[str, Any] = {}
     for name, values in arrays.items():
         if name not in FEATURES and values.shape == (rows,) and values.dtype.kind in "biufUOS":
             texts = values.dtype.kind in "UOS"
-            columns[COLUMNS.get(name, name)] = [_text(v) for v in values.tolist()] if texts else values
+            called = COLUMNS.get(name, name)
+            if called in columns:
+                raise UserError(f"{file} holds the column '{called}' twice, under different names; leave one out")
+            columns[called] = [_text(v, file) for v in values.tolist()] if texts else values
     if places is not None:
-        columns |= {"x": places[:, 0].astype(np.int64), "y": places[:, 1].astype(np.int64)}
-    placed = {"x", "y"} <= set(columns)
+        columns |= {"x": places[:, 0], "y": places[:, 1]}
+    if not np.isnan(mpp):
+        columns.setdefault("mpp", np.full(rows, mpp))
+    for name, (low, high) in BOUNDS.items():
+        if name in columns:
+            columns[name] = _numbers(columns[name], low, high, f"{file}: {name}")
+    placed = {"x", "y"} <= set(columns) and np.isfinite([columns["x"], columns["y"]]).all()
+    if placed:
+        columns |= {name: columns[name].astype(np.int64) for name in ("x", "y")}
     # Tiles of one file are of one slide only where that is how such files are made.
     slide = file.stem if one_a_slide or places is not None else ""
     unknown = np.full(rows, np.nan)
-    table = {"slide": [slide] * rows, "key": [], "x": unknown, "y": unknown, "mpp": np.full(rows, mpp)} | columns
+    table = {"slide": [slide] * rows, "key": [], "x": unknown, "y": unknown, "mpp": unknown} | columns
     if "key" not in columns:
         table["key"] = _keys(table) if placed else [f"{slide_key(file.stem)}_{i}" for i in range(rows)]
     return pd.DataFrame(table).astype({"key": str, "slide": str})
@@ -207,7 +224,7 @@ def _keys(table: dict[str, Any]) -> list[str]:
 
 
 def _joined(table: pd.DataFrame, path: Path) -> pd.DataFrame:
-    """The table with the columns that a CSV has of each slide; these go before its own."""
+    """The table with the columns that a CSV has of each slide; these go before its own, but for those of a tile."""
     import pandas as pd
 
     rows = pd.DataFrame(read_csv(path, ["slide"]))
@@ -221,12 +238,28 @@ def _joined(table: pd.DataFrame, path: Path) -> pd.DataFrame:
             f"{path} has no row of {len(missing)} of the {table['slide'].nunique()} slides, such as '{missing[0]}'; "
             "a slide's name is that of its file without the ending"
         )
-    added = rows.set_index("slide").loc[table["slide"]].reset_index(drop=True)
+    added = rows.drop(columns=["key", *BOUNDS], errors="ignore")
+    added = added.set_index("slide").loc[table["slide"]].reset_index(drop=True)
     return pd.concat([table[[c for c in table.columns if c not in added.columns]], added], axis=1)
 
 
-def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
+def _numbers(values: Any, low: float, high: float, what: str) -> np.ndarray:
+    """Values as float64, NaN where they are not known. Raises UserError for texts and what is out of range."""
+    try:
+        found = np.asarray(values, dtype=np.float64)
+    except ValueError:
+        raise UserError(f"{what} holds what is no number; leave it out, or mend it") from None
+    bad = ~np.isnan(found) & ~((low <= found) & (found <= high))
+    if bad.any():
+        raise UserError(f"{what} holds {found[bad][0]:g}, which cannot be; leave it out, or mend it")
+    return found
+
+
+def _text(value: Any, file: Path) -> str:
+    try:
+        return value.decode() if isinstance(value, bytes) else str(value)
+    except UnicodeDecodeError:
+        raise UserError(f"{file} holds a text that is not UTF-8, {value!r}; write it again") from None
 
 
 def _is_file(path: Path) -> Path:

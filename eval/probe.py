@@ -42,7 +42,7 @@ def run_knn(
     task, split, leaks = prepare(question)
     ks, ratios = tuple(dict.fromkeys(ks)), tuple(dict.fromkeys(ratios))
     sides = _sides(question, task, split, ratios)
-    _check_neighbors(ks, sides, ratios, "smaller --k")
+    _check_neighbors(ks, sides, ratios, "another --k")
 
     def probe(side: Side) -> tuple[np.ndarray, list[dict[str, Any]]]:
         return knn_probabilities(side.queries, side.train, side.labels, side.classes, ks, device=device), [{}] * len(ks)
@@ -112,11 +112,11 @@ def run_linear(question: Question, device: str = "cpu", ratios: Sequence[float] 
 
 def run_mlp(question: Question, width: int = 256, device: str = "cpu") -> dict[str, Any]:
     """Probe with one hidden layer; see :mod:`eosin.eval.mlp`. Write and return the results."""
-    from eosin.eval.mlp import RECIPE, hidden_layer
+    from eosin.eval.mlp import RECIPE, WIDEST, hidden_layer
     from eosin.eval.sgd import INNER_FOLDS, head_probabilities
 
-    if width < 1:
-        raise UserError(f"--width {width} leaves no hidden layer; give 1 or more")
+    if not 1 <= width <= WIDEST:
+        raise UserError(f"--width {width} makes no hidden layer; give 1 to {WIDEST}")
     task, split, leaks = prepare(question)
 
     def probe(side: Side) -> tuple[np.ndarray, list[dict[str, Any]]]:

@@ -23,6 +23,10 @@ from eosin.eval.splits import Split
 from eosin.eval.task import Task, column_of, identities, load_task
 
 SPLITS = ("kfold", "leave-one-group-out", "monte-carlo", "fixed")
+OF_EPISODES = (
+    "Values are means over the episodes, whose deviation is in the details; intervals are over groups. "
+    "The probabilities, and the calibration, are of the episodes' votes."
+)
 
 
 @dataclass(frozen=True)
@@ -98,12 +102,15 @@ def make_split(question: Question, task: Task) -> Split:
         raise UserError(f"label '{question.label}' has one class only ('{task.classes[0]}'); a probe needs two or more")
     labels, groups = np.array(task.classes)[task.labels], np.array(task.group_names)[task.groups]
     if question.split == "kfold":
-        return splits.kfold(labels, groups, question.folds, question.seed)
-    if question.split == "leave-one-group-out":
-        return splits.leave_one_group_out(labels, groups)
-    if question.split == "monte-carlo":
-        return splits.monte_carlo(labels, groups, question.folds, question.repeats, question.seed)
-    return splits.fixed(column_of(task, question.side, "--side"), labels, question.side)
+        split = splits.kfold(labels, groups, question.folds, question.seed)
+    elif question.split == "leave-one-group-out":
+        split = splits.leave_one_group_out(labels, groups)
+    elif question.split == "monte-carlo":
+        split = splits.monte_carlo(labels, groups, question.folds, question.repeats, question.seed)
+    else:
+        split = splits.fixed(column_of(task, question.side, "--side"), labels, question.side)
+    clusters_of(question, task, split.rows)  # refuses what it must before anything is fitted
+    return split
 
 
 def leaks_of(question: Question, split: Split, task: Task) -> list[dict[str, Any]]:
@@ -136,14 +143,19 @@ def conclude(
     protocol: str,
     parameters: dict[str, Any],
     unit: str,
+    episodes: bool = False,
 ) -> dict[str, Any]:
-    """Score the answers, compare them pairwise, and write results and predictions."""
+    """Score the answers, compare them pairwise, and write results and predictions.
+
+    Args:
+        episodes: the answers are shares of episodes, and metrics are means over the episodes.
+    """
     rows, once = split.rows, np.unique(split.rows)
     clusters, _ = clusters_of(question, task, rows)
-    samples = scores.Samples.of(task.labels[rows], clusters, split.passes, task.classes, task.ordered, question.seed)
+    samples = scores.Samples.of(task, split, clusters, question.seed, episodes)
     numbers, comparisons = scores.score(samples, answers)
     subgroups = {
-        column: scores.by_subgroup(samples, answers, rows, column_of(task, column, "--by")[rows], question.seed)
+        column: scores.by_subgroup(samples, answers, column_of(task, column, "--by")[rows], question.seed)
         for column in question.by
     }
     described = split.describe(task.labels, task.groups, task.classes)
@@ -181,6 +193,7 @@ def conclude(
         *leak_notes,
         *contamination.notes(seen),
         *scores.notes(samples, described, subgroups),
+        *([OF_EPISODES] if episodes else []),
         *(ALONE if len(task.encoders) == 1 else []),
     ]
     write_results(question.out, results, _predictions(task, split, answers))

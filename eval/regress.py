@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 METRICS = ("pearson", "pearson_within", "r2", "mae")
 LEAST_WITHIN = 3  # samples of a cluster
+LARGEST = 1e100  # number of a target, so that squares stay finite
 FLAT = 1e-10  # share of a sum of squares below which it is rounding
 
 
@@ -131,7 +132,7 @@ def load_targets(question: Question, targets: Sequence[str]) -> tuple[Task, np.n
         if odd is None and np.isfinite(numbers).any():
             read[target] = numbers
         elif targets:
-            said = f"holds '{odd}', which is no number" if odd is not None else "is empty"
+            said = f"holds '{odd}', which is no number, or too large a one" if odd is not None else "is empty"
             raise UserError(f"target '{target}' {said}; mend the column or leave it out of --targets")
         else:
             notes.append(
@@ -170,16 +171,17 @@ def load_targets(question: Question, targets: Sequence[str]) -> tuple[Task, np.n
 
 
 def as_numbers(column: pd.Series) -> tuple[np.ndarray, str | None]:
-    """A column as float64, NaN where it is missing (empty, NaN, NA); and the first cell that is no number, if any."""
+    """A column as float64, NaN where missing (empty, NaN, NA); and the first cell that is no number to use, if any."""
     import pandas as pd
 
     if column.dtype.kind in "biuf":
         values = column.to_numpy(dtype=np.float64)
-        return values, "infinity" if np.isinf(values).any() else None
+        odd = np.abs(values) > LARGEST
+        return values, str(values[odd.argmax()]) if odd.any() else None
     texts = text(column)
     missing = np.isin(np.char.lower(texts), ("", "nan", "na"))
     values = pd.to_numeric(pd.Series(np.where(missing, "nan", texts)), errors="coerce").to_numpy(dtype=np.float64)
-    odd = ~np.isfinite(values) & ~missing
+    odd = ~(np.abs(values) <= LARGEST) & ~missing
     return values, str(texts[odd.argmax()]) if odd.any() else None
 
 

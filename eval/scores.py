@@ -7,18 +7,25 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from eosin.eval import metrics, statistics
 from eosin.eval.calibration import reliability
 from eosin.eval.delong import delong, delong_test
+from eosin.eval.describe import PRIMARY
 from eosin.eval.metrics import Tally
+
+if TYPE_CHECKING:
+    from eosin.eval.splits import Split
+    from eosin.eval.task import Task
 
 # Below this many clusters the results warn of the whole, and of a subgroup.
 FEW_CLUSTERS, FEW_IN_SUBGROUP = 20, 10
+# Means over samples, so that their means over episodes follow from how many episodes are right of each sample.
+OF_EPISODES = (PRIMARY, "accuracy")
 
 
 class Answered(Protocol):
@@ -38,36 +45,50 @@ class Samples:
     """What the answers are held against, M rows, and the draws of groups.
 
     Attributes:
+        rows: [M], the samples; those of several passes stand there several times.
         labels: [M], class numbers.
         groups: [M], numbers in [0, G) of the groups (clusters) that are drawn together.
         passes: [M], pass of the split; values of several passes are averaged.
         classes: names, in the order of the probabilities' columns.
         weights: [1 + draws, G].
         metrics: which ones are computed.
+        episodes: the answers are shares of episodes, and metrics are means over the episodes, of :data:`OF_EPISODES`;
+            otherwise the answers are probabilities.
     """
 
+    rows: np.ndarray
     labels: np.ndarray
     groups: np.ndarray
     passes: np.ndarray
     classes: list[str]
     weights: np.ndarray
     metrics: Sequence[str]
+    episodes: bool = False
 
     @classmethod
-    def of(
-        cls, labels: np.ndarray, groups: np.ndarray, passes: np.ndarray, classes: list[str], ordered: bool, seed: int
-    ) -> Samples:
-        """Number the groups anew and draw them; AUROC one-vs-one and kappa where the classes allow it."""
-        names, numbers = np.unique(groups, return_inverse=True)
-        more = [metrics.ONE_VS_ONE] if len(classes) > 2 else []
-        more += [metrics.KAPPA] if ordered and len(classes) > 2 else []
-        weights = statistics.bootstrap_weights(len(names), statistics.DRAWS, seed)
-        return cls(labels, numbers, passes, classes, weights, (*metrics.METRICS, *more))
+    def of(cls, task: Task, split: Split, clusters: np.ndarray, seed: int, episodes: bool = False) -> Samples:
+        """What a split scores; AUROC one-vs-one and kappa where the classes allow it.
+
+        Args:
+            clusters: [M], numbers in [0, G) of what is drawn together.
+        """
+        more = [metrics.ONE_VS_ONE] if len(task.classes) > 2 else []
+        more += [metrics.KAPPA] if task.ordered and len(task.classes) > 2 else []
+        asked = OF_EPISODES if episodes else (*metrics.METRICS, *more)
+        rows, weights = split.rows, _draws(clusters, seed)
+        return cls(rows, task.labels[rows], clusters, split.passes, task.classes, weights, asked, episodes)
 
     def tallies(self, probabilities: np.ndarray) -> list[Tally]:
         """One a pass."""
+        tally = _episodes if self.episodes else metrics.tally
         inside = [self.passes == p for p in np.unique(self.passes)]
-        return [metrics.tally(self.labels[i], probabilities[i], self.groups[i], self.weights) for i in inside]
+        return [tally(self.labels[i], probabilities[i], self.groups[i], self.weights) for i in inside]
+
+    def part(self, inside: np.ndarray, seed: int) -> Samples:
+        """Some of the rows, [M] bool, with their groups numbered and drawn anew."""
+        _, groups = np.unique(self.groups[inside], return_inverse=True)
+        kept = {name: getattr(self, name)[inside] for name in ("rows", "labels", "passes")}
+        return replace(self, **kept, groups=groups, weights=_draws(groups, seed))
 
 
 def score(samples: Samples, answers: Sequence[Answered]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -78,7 +99,7 @@ def score(samples: Samples, answers: Sequence[Answered]) -> tuple[list[dict[str,
         comparisons, each with metric, difference, interval and, of AUROC, DeLong's test over groups.
     """
     values, rows = [], []
-    binary = len(samples.classes) == 2 and len(np.unique(samples.passes)) == 1
+    binary = len(samples.classes) == 2 and len(np.unique(samples.passes)) == 1 and "auroc" in samples.metrics
     positive = samples.labels == 1
     for answer in answers:
         tallies = samples.tallies(answer.probabilities)
@@ -109,15 +130,12 @@ def score(samples: Samples, answers: Sequence[Answered]) -> tuple[list[dict[str,
     return rows, comparisons
 
 
-def by_subgroup(
-    samples: Samples, answers: Sequence[Answered], keys: np.ndarray, names: np.ndarray, seed: int
-) -> list[dict[str, Any]]:
+def by_subgroup(samples: Samples, answers: Sequence[Answered], names: np.ndarray, seed: int) -> list[dict[str, Any]]:
     """The metrics of each answer within each subgroup, with intervals over the groups that it holds.
 
     Args:
         samples: M rows.
         answers: their probabilities.
-        keys: [M], the samples, of which a subgroup may hold several rows.
         names: [M], the subgroup of each, empty where it is not known.
         seed: of the draws.
 
@@ -129,10 +147,7 @@ def by_subgroup(
     found = []
     for name in np.unique(names):
         inside = names == name
-        part = Samples.of(
-            samples.labels[inside], samples.groups[inside], samples.passes[inside], samples.classes, False, seed
-        )
-        part = Samples(part.labels, part.groups, part.passes, part.classes, part.weights, samples.metrics)
+        part = samples.part(inside, seed)
         groups = part.weights.shape[1]
         counts = np.bincount(part.labels, minlength=len(part.classes))
         scored = {}
@@ -142,7 +157,7 @@ def by_subgroup(
         found.append(
             {
                 "value": str(name) or None,
-                "n": len(np.unique(keys[inside])),
+                "n": len(np.unique(part.rows)),
                 "clusters": groups,
                 "lacks": [c for c, n in zip(part.classes, counts) if not n],
                 "few_clusters": groups < FEW_IN_SUBGROUP,
@@ -165,9 +180,10 @@ def notes(samples: Samples, split: dict[str, Any], subgroups: dict[str, list[dic
                 listed = ", ".join(map(str, where[:5])) + (", ..." if len(where) > 5 else "")
                 of = len(split["folds"])
                 lines.append(f"Class '{c}' has no sample {words} in {len(where)} of {of} folds ({listed}).")
-    cells = np.zeros((clusters, len(samples.classes)))
-    np.add.at(cells, (samples.groups, samples.labels), 1)
-    absent = ((samples.weights[1:] @ cells) == 0).mean(axis=0)
+    passes, number = np.unique(samples.passes, return_inverse=True)
+    cells = np.zeros((len(passes), clusters, len(samples.classes)))
+    np.add.at(cells, (number, samples.groups, samples.labels), 1)
+    absent = ((samples.weights[1:] @ cells) == 0).mean(axis=(0, 1))
     for c, share in zip(samples.classes, absent):
         if share == 1:
             lines.append(f"Class '{c}' is never scored; means over classes leave it out.")
@@ -195,11 +211,27 @@ def _classes(samples: Samples, tallies: list[Tally]) -> dict[str, dict[str, Any]
     classes = {}
     for number, name in enumerate(samples.classes):
         mine = samples.labels == number
-        classes[name] = {"n": int(mine.sum()), "clusters": len(np.unique(samples.groups[mine]))} | {
+        classes[name] = {"n": len(np.unique(samples.rows[mine])), "clusters": len(np.unique(samples.groups[mine]))} | {
             m: _interval(metrics.mean_defined(np.stack([f[m][:, number] for f in found], axis=-1)), groups)
-            for m in metrics.PER_CLASS
+            for m in ("recall",) * samples.episodes or metrics.PER_CLASS
         }
     return classes
+
+
+def _episodes(labels: np.ndarray, shares: np.ndarray, groups: np.ndarray, weights: np.ndarray) -> Tally:
+    """As :func:`~eosin.eval.metrics.tally`, of which ``both`` is a mean over episodes, and what is none is NaN.
+
+    Args:
+        shares: [N, C], of the episodes that say each class of each sample.
+    """
+    member = np.eye(shares.shape[1])[labels]
+    true, both = (metrics.sums(part, groups, weights) for part in (member, member * shares))
+    unknown = np.full_like(true, np.nan)
+    return Tally(true, unknown, both, unknown[:, :, None], np.full((len(weights), 5), np.nan))
+
+
+def _draws(groups: np.ndarray, seed: int) -> np.ndarray:
+    return statistics.bootstrap_weights(int(groups.max()) + 1, statistics.DRAWS, seed)
 
 
 def _interval(values: np.ndarray, groups: int) -> dict[str, float | None] | None:

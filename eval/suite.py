@@ -122,7 +122,7 @@ def _run(
             done = TaskDone(name, task.about, places.get(known), made.get(known, []), [], list(failed.get(known, [])))
             run_task(task, done, out, device)
             outcome.tasks.append(done)
-            said = f"{len(done.results)} results" + "".join(f", {p} refused: {why}" for p, why in done.refused)
+            said = "; ".join([f"{len(done.results)} result{'s' * (len(done.results) != 1)}", *done.refusals])
         print(f"task {number}/{len(suite.tasks)} {name}: {said}", file=sys.stderr, flush=True)
     write_json(out / "suite.json", _described(suite, list(loaded), outcome, out))
     write_comparison(out / "index.html", suite.name, outcome.tasks)
@@ -133,10 +133,10 @@ def run_task(task: Task, done: TaskDone, out: Path, device: str) -> None:
     """Run a task's probes on the embeddings of ``done`` that are not answered yet, and add what came of them to it."""
     given = [Path(path) for path in task.embeddings or ()]
     done.embeddings.extend(given)
-    encoders = [read_embeddings(path).encoder for path in done.embeddings]
     for probe in task.probes if done.embeddings else ():
         path = out / "results" / done.name / f"{name_of(probe)}.json"
         try:
+            encoders = [read_embeddings(path).encoder for path in done.embeddings]
             question = question_of(task, done.embeddings, path)
             asked = _asked(probe, question, encoders, given)
             if not _answered(path, asked):
@@ -239,7 +239,8 @@ def table(tasks: Sequence[TaskDone]) -> list[list[str]]:
             primary = results["primary"]
             for variant in dict.fromkeys(e.get("variant", "") for e in results["encoders"]):
                 rows = [e for e in results["encoders"] if e.get("variant", "") == variant]
-                asked = " ".join(filter(None, (task.name, path.stem, variant)))
+                leak = "(leak allowed)" if results.get("leaks", {}).get("found") else ""
+                asked = " ".join(filter(None, (task.name, path.stem, variant, leak)))
                 cells = {e["encoder"]: _interval(e["metrics"][primary]) for e in rows}
                 chance = results["chance"].get(primary)
                 of = {"chance": "" if chance is None else f"{chance:.3f}"}

@@ -200,6 +200,10 @@ def _line(error: Any, valid: list[str], within: tuple[str, ...] = ()) -> str:
         return f"there is no key '{key}'; {nearest(str(error['loc'][-1]), valid)}"
     if error["type"] == "missing":
         return f"{key} is not set"
+    if error["type"] == "string_pattern_mismatch":
+        return (
+            f"{error['input']!r} is not a name; use letters, digits, '.', '_' and '-', and begin with one of the first"
+        )
     if error["type"] == "value_error":
         return f"{key}: {error['ctx']['error']}" if key else str(error["ctx"]["error"])
     return f"{key}: {error['input']!r} is not valid: {error['msg'][0].lower()}{error['msg'][1:]}"

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # What a row of a labels CSV speaks of -> the column of the embeddings that names it.
 KEYS = {"tile": "key", "slide": "slide", "patient": "patient"}
+LARGEST = 1e15  # feature, of which squares can be summed in 32 bits
 
 
 @dataclass
@@ -69,8 +70,8 @@ def load_task(
         unit: what the result counts, for messages.
 
     Raises:
-        UserError: a file or a column is missing, features are not finite, keys repeat or differ between encoders,
-            encoders saw different shard sets, or no row has both a label and a group.
+        UserError: a file or a column is missing, features are huge or not finite, keys repeat or differ between
+            encoders, encoders saw different shard sets, or no row has both a label and a group.
     """
     encoders = read_encoders(paths)
     table = encoders[0].table
@@ -224,11 +225,12 @@ def _read(path: Path) -> Embeddings:
     embeddings = read_embeddings(path)
     if "key" not in embeddings.table.columns or not len(embeddings.table):
         raise UserError(f"{path} holds no tiles")
-    bad = ~np.isfinite(embeddings.features).all(axis=1)
+    features = embeddings.features
+    bad = ~((features.max(axis=1, initial=0) < LARGEST) & (features.min(axis=1, initial=0) > -LARGEST))
     keys = embeddings.table["key"]
     if bad.any():
         raise UserError(
-            f"{path} holds NaN or infinite features in {bad.sum()} of {len(bad)} rows, the first of tile "
+            f"{path} holds NaN, infinite or huge features in {bad.sum()} of {len(bad)} rows, the first of tile "
             f"'{keys[bad.argmax()]}'; the encoder is broken"
         )
     repeated = keys.duplicated()

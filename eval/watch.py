@@ -10,6 +10,7 @@ any other split every sample of the task serves to choose, which is said beside 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -24,7 +25,7 @@ import numpy as np
 
 from eosin.data_tools.embeddings import Embeddings, write_embeddings
 from eosin.data_tools.errors import UserError
-from eosin.data_tools.files import atomic_path, write_json
+from eosin.data_tools.files import atomic_path, sha256, write_json
 from eosin.data_tools.shards import ShardSet
 from eosin.eval.describe import title
 from eosin.eval.encoders import load_encoder
@@ -66,11 +67,13 @@ def watch(
         if not task.data:
             raise UserError(f"task '{name}' is of embeddings that exist; a run is watched on data: name a shard set")
     with held(out, suite):
-        places, rows = find_data(suite, data, out), read_rows(out)
+        places = find_data(suite, data, out)
+        asked = _asked(suite, places)
+        rows = [row for row in read_rows(out) if row["asked"] == asked]
         while True:
             found = checkpoint.steps(run)
             for folder in found:
-                rows = _with_checkpoint(rows, folder, suite, run, places, out, device, batch_size)
+                rows = _with_checkpoint(rows, folder, suite, run, places, asked, out, device, batch_size)
             if once or (found and checkpoint.step_of(found[-1]) >= config.run.steps):
                 return pick(rows)
             time.sleep(every)
@@ -82,6 +85,7 @@ def _with_checkpoint(
     suite: Suite,
     run: Path,
     places: Mapping[str, Path],
+    asked: str,
     out: Path,
     device: str,
     batch_size: int | None,
@@ -101,7 +105,7 @@ def _with_checkpoint(
     if any(row["step"] == step for row in rows):
         # Its weights are others: it was trained again after a rewind, and so is all that follows.
         rows = [row for row in rows if row["step"] < step]
-    rows = [*rows, *({"step": step, "teacher": teacher} | row for row in new)]
+    rows = [*rows, *({"step": step, "teacher": teacher, "asked": asked} | row for row in new)]
     _write(out, rows, run)
     print(f"step {step}: {_said(new)}", file=sys.stderr, flush=True)
     return rows
@@ -130,14 +134,17 @@ def pick(rows: Sequence[Row]) -> Row | None:
 
 
 def read_rows(out: Path) -> list[Row]:
-    """The rows of ``watch.jsonl``, [] before the first. Raises UserError where one is not JSON."""
+    """The rows of ``watch.jsonl``, [] before the first. Raises UserError where one is no row of it."""
     path = out / ROWS
     if not path.is_file():
         return []
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except ValueError:
-        raise UserError(f"{path} is not readable as lines of JSON; remove it to evaluate again") from None
+        rows = [{}]
+    if not all(isinstance(row, dict) and row.keys() >= {"step", "teacher", "asked", "value"} for row in rows):
+        raise UserError(f"{path} is not readable as lines of JSON; remove it to evaluate again")
+    return rows
 
 
 def validation(task: Task, question: Question, folder: Path) -> tuple[Question, str]:
@@ -210,6 +217,15 @@ def _row(task: str, probe: Mapping[str, Any], **known: Any) -> Row:
     return {"task": task, "probe": name_of(probe)} | empty | known
 
 
+def _asked(suite: Suite, places: Mapping[str, Path]) -> str:
+    """A mark of all that is asked of a checkpoint: rows of another suite, data or labels are not kept."""
+    labels = {task.labels for task in suite.tasks.values() if task.labels and Path(task.labels).is_file()}
+    files = {path: sha256(Path(path)) for path in sorted(labels)}
+    shards = {name: ShardSet(place).identity for name, place in places.items()}
+    known = json.dumps([suite.model_dump(), files, shards], sort_keys=True)
+    return hashlib.blake2b(known.encode(), digest_size=8).hexdigest()
+
+
 def _mean_of_means(values: Mapping[tuple[str, str, str], float]) -> float:
     of_tasks = []
     for task in {task for task, _, _ in values}:
@@ -251,7 +267,7 @@ def draw(rows: Sequence[Row], best: int | None, path: Path) -> None:
     if not tasks:
         return
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.5, 3.0 * len(tasks)), layout="constrained")
+        figure = Figure(figsize=(10, 3.0 * len(tasks)), layout="constrained")
         for axes, task in zip(np.atleast_1d(figure.subplots(len(tasks), sharex=True)), tasks):
             of_task = [row for row in answered if row["task"] == task]
             lines = list(dict.fromkeys((r["probe"], r["variant"], r["metric"]) for r in of_task))
@@ -277,7 +293,7 @@ def draw(rows: Sequence[Row], best: int | None, path: Path) -> None:
             if best is not None:
                 axes.axvline(best, color=INK, linestyle="--", linewidth=0.8, label=f"picked: step {best}")
             axes.set_title(f"{task}; dotted: chance; 95 % intervals")
-            axes.legend()
+            axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
         axes.set_xlabel("step")
         with atomic_path(path) as temporary:
             figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})

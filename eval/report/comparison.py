@@ -40,6 +40,14 @@ class TaskDone:
     results: list[Path]
     refused: list[tuple[str, str]]
 
+    @property
+    def refusals(self) -> list[str]:
+        """A sentence a reason: which probes were refused, and why."""
+        reasons: dict[str, list[str]] = {}
+        for probe, why in self.refused:
+            reasons.setdefault(why, []).append(probe)
+        return [f"{', '.join(p)} {'was' if len(p) == 1 else 'were'} refused: {why}" for why, p in reasons.items()]
+
 
 def write_comparison(out: Path, title: str, tasks: Sequence[TaskDone]) -> None:
     """Write one HTML file that needs no network, no script and no other file: all tasks, all encoders.
@@ -56,9 +64,9 @@ def write_comparison(out: Path, title: str, tasks: Sequence[TaskDone]) -> None:
     roles = _roles(read)
     colors = comparison_plots.colors_of(roles)
     share = min(TASK_BYTES, PICTURE_BYTES // max(len(read), 1))
-    found = [_top(read, roles)]
-    found += [section(task, f"task-{n}", Room(share), colors) for n, task in enumerate(read, start=1)]
-    found.append(_reproduction(read))
+    parts = [section(task, f"task-{n}", Room(share), colors) for n, task in enumerate(read, start=1)]
+    doubts = [f"{task.done.name}: {doubt}" for task, (_, doubted) in zip(read, parts) for doubt in doubted]
+    found = [_top(read, roles, doubts), *(part for part, _ in parts), _reproduction(read)]
     count = sum(len(task.results) for task in read)
     subtitle = f"{len(read)} task{'s' * (len(read) != 1)}, {len(roles)} encoders, {count} results"
     with atomic_path(out) as temporary:
@@ -72,46 +80,42 @@ def _roles(tasks: Sequence[Task]) -> dict[str, str]:
     return dict(sorted(roles.items(), key=lambda item: ASIDE.index(item[1]) + 1 if item[1] in ASIDE else 0))
 
 
-def _top(tasks: Sequence[Task], roles: dict[str, str]) -> Section:
-    """The table of everything, what was refused, and a verdict a probe."""
+def _top(tasks: Sequence[Task], roles: dict[str, str], doubts: list[str]) -> Section:
+    """A table a task, what was refused or is to be doubted, and a verdict a probe."""
     lead = "Frozen features, the same splits for all: which encoder tells more, and is the difference more than chance?"
     blocks: list[Block] = []
-    refused = [f"{t.done.name}, {probe} was refused: {why}" for t in tasks for probe, why in t.done.refused]
+    refused = [f"{t.done.name}: {said}" for t in tasks for said in t.done.refusals]
     leaks = dict.fromkeys(t.done.name for t in tasks for p, _ in t.shown if p.leaks)
     allowed = [f"{name}: a leak was allowed; its numbers measure recognition too." for name in leaks]
-    blocks += [Words([*refused, *allowed], "warning")] if refused or allowed else []
+    warned = [*refused, *allowed, *doubts]
+    blocks += [Words(warned, "warning")] if warned else []
     if roles:
         marks = [("#24222c", "bold: the highest of its column"), ("#c9527d", "≈: cannot be told from it")]
-        blocks += [_table(tasks, roles), Legend(marks)]
+        blocks += [Legend(marks), *(_table(task, roles) for task in tasks)]
     blocks += [Words([f"{t.done.name}. {said_of(p)}" for t in tasks for p, _ in t.shown], "list")]
     return Section("comparison", "All tasks", lead, blocks)
 
 
-def _table(tasks: Sequence[Task], roles: dict[str, str]) -> Table:
-    head = ["Encoder"]
-    columns: list[list[str | Cell]] = []
-    for task in tasks:
-        for probe, _ in task.shown:
-            head.append(f"{task.done.name}: {probe.title}" + (" (leak allowed)" if probe.leaks else ""))
-            columns.append([*_column(probe, roles), number(probe.chance)])
-        for name, _ in task.done.refused:
-            head.append(f"{task.done.name}: {name}")
-            columns.append([*[Cell("refused", "bad")] * len(roles), "–"])
-    rows: list[list[str | Cell | list[Picture]]] = [[name] for name in (*roles, "chance")]
-    for column in columns:
-        for row, cell in zip(rows, column):
-            row.append(cell)
-    quiet = [n for n, role in enumerate(roles.values()) if role in ASIDE]
-    metrics = dict.fromkeys(title_of(p.primary) for t in tasks for p, _ in t.shown)
-    caption = f"{', '.join(metrics)} with 95 % intervals; baselines and chance at the end."
-    return Table(head, rows, caption[:1].upper() + caption[1:], frozenset([*quiet, len(roles)]))
+def _table(task: Task, roles: dict[str, str]) -> Table:
+    there = {str(row.get("encoder", row["name"])) for probe, _ in task.shown for row in probe.rows}
+    names = [name for name in roles if name in there] or list(roles)
+    head, columns = ["Encoder"], []
+    for probe, _ in task.shown:
+        head.append(f"{probe.title}: {title_of(probe.primary)}" + (" (leak allowed)" if probe.leaks else ""))
+        columns.append([*_column(probe, names), number(probe.chance)])
+    for name, _ in task.done.refused:
+        head.append(name)
+        columns.append([*[Cell("refused", "bad")] * len(names), "–"])
+    rows: list[list[str | Cell | list[Picture]]] = [list(row) for row in zip([*names, "chance"], *columns)]
+    quiet = [n for n, name in enumerate(names) if roles[name] in ASIDE]
+    return Table(head, rows, f"{task.done.name}, with 95 % intervals", frozenset([*quiet, len(names)]))
 
 
-def _column(probe: Probe, roles: dict[str, str]) -> list[str | Cell]:
+def _column(probe: Probe, names: Sequence[str]) -> list[str | Cell]:
     best = probe.best()
     mine = {str(row.get("encoder", row["name"])): row for row in probe.rows}
     cells: list[str | Cell] = []
-    for name in roles:
+    for name in names:
         row = mine.get(name)
         if row is None:
             cells.append("–")

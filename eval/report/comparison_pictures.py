@@ -65,11 +65,11 @@ def neighbor_sheet(tiles: Tiles, shards: ShardSet, room: Room) -> list[Block]:
                     kept[: len(first)],
                     f"{group}" if place == 0 else "",
                     name,
-                    kept[len(first) :],
                     Cell(f"{sum(right)} of {len(there)}", title=listed),
+                    kept[len(first) :],
                 ]
             )
-    head = ["Tile", "Class, group", "Encoder", "Its nearest tiles of other groups, the nearest first", "Same class"]
+    head = ["Tile", "Class, group", "Encoder", "Same class", "Its nearest tiles of other groups, the nearest first"]
     caption = f"{len(asked)} tiles drawn by number; neighbors by cosine of the features."
     legend = [("rgb(0, 158, 115)", "same class"), ("rgb(213, 94, 0)", "another class (corner cut off)")]
     return [Legend(legend), Table(head, rows, caption)]

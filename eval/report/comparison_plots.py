@@ -6,6 +6,7 @@ In the style of :mod:`eosin.eval.report.plots`; few colors, so that pages stay s
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from eosin.eval.report.findings import Probe, title_of
 from eosin.eval.report.plots import CATEGORIES, GRAY, ORANGE, PURPLE, SOFT, STYLE, png, short
 
 PALETTE_SIZE, SMALL_DPI = 96, 125
+UNTRAINED = (GRAY, "#4d4a55", "#bab6c2")
 OTHERS = (PURPLE, "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7b3294", "#1b7837")
 MANY = "turbo"  # of more values than there are categories: neighbors in it need not be told apart
 
@@ -46,11 +48,10 @@ class Curve:
 
 
 def colors_of(encoders: Mapping[str, str]) -> dict[str, str]:
-    """A color for each encoder, given its role: gray and orange for random weights and color, others in turn."""
-    fixed = {"random": GRAY, "color": ORANGE}
-    others = [name for name, role in encoders.items() if role not in fixed]
-    taken = {name: OTHERS[i % len(OTHERS)] for i, name in enumerate(others)}
-    return {name: fixed.get(role) or taken[name] for name, role in encoders.items()}
+    """A color for each encoder, given its role: grays for random weights, orange for color, others in turn."""
+    palettes = {"random": itertools.cycle(UNTRAINED), "color": itertools.repeat(ORANGE)}
+    others = itertools.cycle(OTHERS)
+    return {name: next(palettes.get(role, others)) for name, role in encoders.items()}
 
 
 def recalls(probes: Sequence[Probe], colors: Mapping[str, str]) -> bytes:

@@ -107,10 +107,14 @@ def said_of(probe: Probe) -> str:
     return reached
 
 
-def section(task: Task, anchor: str, room: Room, colors: dict[str, str]) -> Section:
-    """Everything there is to say of a task; its pictures have to fit into ``room``."""
+def section(task: Task, anchor: str, room: Room, colors: dict[str, str]) -> tuple[Section, list[str]]:
+    """Everything there is to say of a task, and sentences on what makes its numbers doubtful.
+
+    Its pictures have to fit into ``room``.
+    """
     blocks: list[Block] = []
-    warned = [f"{probe} was refused: {reason}" for probe, reason in task.done.refused] + _leaks(task)
+    doubts: list[str] = []
+    warned = [*task.done.refusals, *_leaks(task)]
     blocks += [Words(warned, "warning")] if warned else []
     blocks += [Words([said_of(probe) for probe, _ in task.shown], "list")] if task.shown else []
     asked = dict.fromkeys(f"{p.conditions}; {p.data['groups']} groups." for p, _ in task.shown)
@@ -120,16 +124,16 @@ def section(task: Task, anchor: str, room: Room, colors: dict[str, str]) -> Sect
         blocks += _gallery(room.keep(*[chart(comparison_plots.compact(d), a) for d, a in drawn]))
         blocks += _series(task, room, colors)
         blocks += _metrics(task)
-        blocks += _classes(task, room, colors)
+        blocks += _classes(task, room, colors, doubts)
         blocks += _subgroups(task)
-        blocks += _tiles(task, room)
+        blocks += _tiles(task, room, doubts)
         notes = dict.fromkeys(note for r in task.results for note in r.data.get("notes", []))
         blocks += [Heading("Notes"), Words(list(notes), "list")] if notes else []
     else:
         blocks.append(Words(["No result: every probe was refused." if task.done.refused else "No result."]))
     if room.refused:
         blocks.append(Words([f"{room.refused} pictures are left out, since the page has a bound on its size."]))
-    return Section(anchor, task.done.name, task.done.about, blocks)
+    return Section(anchor, task.done.name, task.done.about, blocks), doubts
 
 
 def _leaks(task: Task) -> list[str]:
@@ -176,12 +180,12 @@ def _metrics(task: Task) -> list[Block]:
     return blocks
 
 
-def _classes(task: Task, room: Room, colors: dict[str, str]) -> list[Block]:
+def _classes(task: Task, room: Room, colors: dict[str, str], doubts: list[str]) -> list[Block]:
     """Counts, recall, confusion and calibration, of results about classes."""
     found = [(p, r) for p, r in task.shown if p.data.get("classes") and "predicted" in r.predictions]
     if not found:
         return []
-    blocks: list[Block] = [Heading("Classes"), *_counts(found[0][0])]
+    blocks: list[Block] = [Heading("Classes"), *_counts(found[0][0], doubts)]
     detailed = [
         p for p, _ in found if all("recall" in c for row in p.rows for c in row.get("classes", {"": {}}).values())
     ]
@@ -198,7 +202,7 @@ def _classes(task: Task, room: Room, colors: dict[str, str]) -> list[Block]:
     return blocks
 
 
-def _counts(probe: Probe) -> list[Block]:
+def _counts(probe: Probe, doubts: list[str]) -> list[Block]:
     counts = dict(zip(probe.data["classes"], probe.data.get("class_counts", [])))
     if not counts:
         return []
@@ -208,6 +212,7 @@ def _counts(probe: Probe) -> list[Block]:
     most, least = max(counts, key=lambda c: counts[c]), min(counts, key=lambda c: counts[c])
     if counts[most] > UNEVEN * counts[least]:
         how = f"{counts[most] / counts[least]:.1f} times as many as" if counts[least] else "many, and none of"
+        doubts.append(f"classes are uneven: '{most}' has {how} '{least}'.")
         best = probe.best()["metrics"]
         both = [f"{title_of(m)} {interval(best[m])}" for m in ("accuracy", "balanced_accuracy") if best.get(m)]
         said = (
@@ -267,11 +272,12 @@ def _subgroups(task: Task) -> list[Block]:
     for result in task.results:
         for column in result.data.get("by", {}):
             head, *rows = subgroup_table(result.data, column)
-            blocks.append(Table(head, rows, findings.probes([result])[0].title))
+            unbroken = [[cell.replace(" ", "\u00a0") for cell in row] for row in rows]
+            blocks.append(Table(head, unbroken, _called(result)))
     return [Heading("By subgroup"), *blocks] if blocks else []
 
 
-def _tiles(task: Task, room: Room) -> list[Block]:
+def _tiles(task: Task, room: Room, doubts: list[str]) -> list[Block]:
     """What embeddings and pictures say: origin of the tiles, neighbors, components, disputed labels, pretraining."""
     blocks = _pretraining(task)
     tiles = gather_tiles(task.done.embeddings, task.results)
@@ -283,7 +289,7 @@ def _tiles(task: Task, room: Room) -> list[Block]:
     if tiles is not None:
         more = [c for r in task.results for c in (*r.data.get("by", {}), r.data.get("cluster", ""))]
         places = origins(tiles, more)
-        blocks += _origins(tiles, places, task)
+        blocks += _origins(tiles, places, task, doubts)
         blocks += _components(tiles, places, room)
         blocks += _neighbors(tiles, places)
         blocks += neighbor_sheet(tiles, shards, room) if shards else []
@@ -320,20 +326,20 @@ def _pretraining(task: Task) -> list[Block]:
     return [Heading("Overlap with pretraining"), Table(head, rows)] if rows else []
 
 
-def _origins(tiles: Tiles, places: Sequence[str], task: Task) -> list[Block]:
+def _origins(tiles: Tiles, places: Sequence[str], task: Task, doubts: list[str]) -> list[Block]:
     """How much of the class the origin of a tile gives away."""
-    lines, warned = [], False
+    lines, given_away = [], []
     chance = 1 / len(np.unique(tiles.labels))
     for column in places:
         if column == task.results[0].data["label"]:
             continue
         reached = told_by(tiles.column(column), tiles.labels)
-        warned |= reached > (1 + chance) / 2
-        lines.append(
-            f"Who knows nothing of a tile but its '{column}' names its class with a balanced accuracy of "
-            f"{number(reached)} (chance {number(chance)})."
-        )
-    return [Heading("Where tiles come from"), Words(lines, "warning" if warned else "plain")] if lines else []
+        said = f"who knows nothing of a tile but its '{column}' names its class with a balanced accuracy of "
+        said += f"{number(reached)} (chance {number(chance)})."
+        lines.append(said[:1].upper() + said[1:])
+        given_away += [said] if reached > (1 + chance) / 2 else []
+    doubts += given_away
+    return [Heading("Where tiles come from"), Words(lines, "warning" if given_away else "plain")] if lines else []
 
 
 def _components(tiles: Tiles, places: Sequence[str], room: Room) -> list[Block]:
@@ -350,7 +356,12 @@ def _components(tiles: Tiles, places: Sequence[str], room: Room) -> list[Block]:
         ]
         table.append([name, number(float(shares.sum())), *(number(t) for t in told.values())])
     head = ["Encoder", "Variance in the plane", *(f"of it between values of {w}" for w in values)]
-    caption = "A plane that lies between sites or groups, more than between classes, is one of stain and scanner."
+    caption = (
+        f"A plane that lies more between values of {' or '.join(places)} than between classes tells these apart in "
+        "place of classes, unless they lie within classes."
+        if places
+        else "Groups that lie within classes hold their share too: what theirs has beyond it tells groups apart."
+    )
     drawn = chart(comparison_plots.components(panels, 4), "the first two principal components of each encoder")
     lead = f"The first two principal components of {len(rows):,} tiles."
     return [

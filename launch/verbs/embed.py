@@ -127,7 +127,10 @@ def _precomputed(args: argparse.Namespace) -> int:
     if given:
         option = given[0].replace("_", "-")
         raise UserError(f"--{option} is for what embeds, and '{args.encoder}' holds features; leave it out")
-    summary = import_features(Path(args.encoder.partition(":")[2]), args.out, args.slides_csv, args.name)
+    path = args.encoder.partition(":")[2]
+    if not path:
+        raise UserError("'precomputed:' names no features; give precomputed:PATH of a file or folder")
+    summary = import_features(Path(path), args.out, args.slides_csv, args.name)
     what = f"{summary.tiles} tiles x {summary.dimension} features"
     print(f"{args.out} holds these embeddings already ({what})" if summary.cached else f"{what} in {args.out}")
     return DONE

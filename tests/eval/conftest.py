@@ -15,9 +15,8 @@ def write(tmp_path):
         n = len(features)
         table = {"key": [f"t{i}" for i in range(n)], "slide": [f"s{i}" for i in range(n)], "x": np.arange(n)} | columns
         path = tmp_path / f"{name}.safetensors"
-        write_embeddings(
-            path, Embeddings(features.astype(np.float32), pd.DataFrame(table), {"name": name, "shards": shards})
-        )
+        encoder = {"name": name, "shards": shards} | ({"seen": {"complete": True}} if "seen" in columns else {})
+        write_embeddings(path, Embeddings(features.astype(np.float32), pd.DataFrame(table), encoder))
         return path
 
     return write

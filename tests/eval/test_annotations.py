@@ -160,6 +160,20 @@ def test_masks_are_stretched_onto_their_slide(tmp_path, form):
         np.testing.assert_array_equal(annotations.mask(tile, 25), whole[1::2, 50 * tile + 1 : 50 * tile + 51 : 2])
 
 
+def test_classes_of_a_pyramid_are_those_of_the_level_that_is_read(tmp_path):
+    """Its coarsest level lacks a small class, and has mixtures of its neighbors' numbers."""
+    fine = np.repeat([[1, 9]], 100, 0).repeat([200, 200], 1).astype(np.uint8)
+    fine[40:44, 50:54] = 4
+    coarse = np.full((25, 100), 5, np.uint8)
+    with tifffile.TiffWriter(tmp_path / "s.tif") as tiff:
+        tiff.write(fine, subifds=1, tile=(16, 16))
+        tiff.write(coarse, subfiletype=1, tile=(16, 16))
+    annotations, _ = open_annotations(tmp_path, places())
+    assert annotations.classes == ["1", "4", "9"]
+    assert set(np.unique(annotations.mask(0, 100))) == {0, 1}
+    assert open_annotations(tmp_path, places(), 10)[0].classes == ["5"]
+
+
 def test_masks_of_tiles_go_before_those_of_slides(tmp_path):
     (tmp_path / "masks").mkdir()
     Image.fromarray(np.full((10, 10), 7, np.uint8)).save(tmp_path / "masks" / "s_1.png")
@@ -282,6 +296,9 @@ def test_from_a_shard_set_to_labels_that_a_probe_reads(shards, write, tmp_path, 
     table = tile_places(ShardSet(shards))
     assert table["extent"].tolist() == [32.0] * 4
     assert tile_places(ShardSet(shards), 16)["extent"].tolist() == [16.0] * 4
+    for size in (0, -5, np.nan, np.inf):
+        with pytest.raises(UserError, match="is no side of a tile"):
+            tile_places(ShardSet(shards), size)
     (tmp_path / "given").mkdir()
     geojson(tmp_path / "given" / "s0.geojson", feature("x", box(0, 0, 32, 32)), feature("y", box(32, 0, 64, 32)))
     geojson(tmp_path / "given" / "s1.geojson", feature("y", box(0, 0, 20, 32)), feature("x", box(50, 0, 64, 32)))

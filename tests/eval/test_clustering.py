@@ -108,6 +108,7 @@ def test_bad_input_ends_in_one_line(write, cohort, tmp_path, capsys):
         ("label", ["--k", "1"], "must lie between 2 and the 320 tiles"),
         ("label", ["--k", "321"], "must lie between 2 and the 320 tiles"),
         ("label", ["--starts", "0"], "give 1 or more"),
+        ("label", ["--group", "one"], "all that is scored is of one 'one' ('x')"),
         ("lable", [], "did you mean 'label'"),
         ("label", ["--out", str(path)], "exists and holds no results"),
     ]:

@@ -22,7 +22,7 @@ from eosin.eval.embed import embed
 from eosin.eval.encoders import load_encoder
 from eosin.eval.probe import run_knn
 from eosin.eval.question import Question
-from eosin.eval.report import comparison, findings
+from eosin.eval.report import comparison, comparison_plots, findings
 from eosin.eval.report import comparison_samples as samples
 from eosin.eval.report.comparison import TaskDone, write_comparison
 from eosin.launch.cli import main
@@ -135,7 +135,9 @@ def test_a_planted_tint_is_said_in_words_and_numbers(tinted, page):
     assert "color has the highest balanced accuracy" in page.text
     assert "Color alone does as well as anything here" in page.text
     # 18 of 20 patients of each class are of the site that most of it come from.
-    assert "but its 'site' names its class with a balanced accuracy of .90 (chance .50)" in page.text
+    said = "who knows nothing of a tile but its 'site' names its class with a balanced accuracy of .90 (chance .50)"
+    assert f": {said}" in page.text  # at the top, behind the task's name
+    assert f"W{said[1:]}" in page.text
     table = ShardSet(tinted.shards).table()
     color = samples.read_embeddings(tinted.embeddings[1]).features.astype(np.float64)
     plane = PCA(2, svd_solver="full").fit(color)
@@ -259,6 +261,8 @@ def test_uneven_classes_are_said(write, cohort, tmp_path):
     columns["label"][tumor[:112]] = ""  # 48 of 160 stay
     text = page_of(tmp_path, even, study(write, tmp_path, features, columns, "uneven")).text
     assert text.count("Classes are uneven") == 1
+    assert text.count("classes are uneven: 'normal' has 3.3 times as many as 'tumor'.") == 1
+    assert "uneven: classes are uneven" in text  # at the top, behind the task's name
     assert "Classes are uneven: 'normal' has 3.3 times as many as 'tumor'" in text
     assert "(.77 by naming 'normal' always)" in text  # 160 of 208
     assert "normal 160 76.9 % tumor 48 23.1 %" in text
@@ -272,12 +276,13 @@ def test_a_leak_is_refused_or_allowed_in_sight(write, cohort, tmp_path, capsys):
     assert main([*asked, "--out", str(tmp_path / "r.json")]) == 2
     reason = capsys.readouterr().err.strip()
     assert main([*asked, "--out", str(tmp_path / "a.json"), "--allow-leak", f"to see {HOSTILE}"]) == 0
-    refused = TaskDone("refused", "", None, [path], [], [("knn", reason)])
+    refused = TaskDone("refused", "", None, [path], [], [("knn", reason), ("mlp", "one class"), ("linear", reason)])
     allowed = TaskDone("allowed", "", None, [path], [tmp_path / "a.json"], [])
     page = page_of(tmp_path, refused, allowed)
-    assert f"refused, knn was refused: {' '.join(reason.split())}" in page.text
-    assert page.row("Encoder")[1:] == ["refused: knn", "allowed: kNN (leak allowed)"]
-    assert page.row("e")[1] == "refused"
+    assert f"refused: knn, linear were refused: {' '.join(reason.split())} refused: mlp was refused" in page.text
+    assert page.row("Encoder")[1:] == ["knn", "mlp", "linear"]
+    assert page.row("e")[1:] == ["refused"] * 3
+    assert page.row("Encoder", "kNN: balanced accuracy (leak allowed)")
     assert "kNN was scored in spite of a leak: 40 of 'patient'" in page.text
     assert f"Reason given: to see {' '.join(HOSTILE.split())}" in page.text
     assert "no box on both sides" not in page.text
@@ -319,6 +324,7 @@ def test_other_kinds_of_results_are_shown(tmp_path):
     rows[0]["metrics"]["mae"] = {"value": 1.5, "low": 1.25, "high": 1.75}
     path = made_up(tmp_path / "r.json", rows, [], primary="pearson", chance={"pearson": 0.0, "mae": None})
     page = page_of(tmp_path, TaskDone("t", "", None, [], [path], []))
+    assert page.row("Encoder", "x-probe: Pearson r")
     assert page.row("Encoder", "Pearson r", "MAE in deviations")
     assert page.row("a", ".40 [.35, .45]", "1.50 [1.25, 1.75]")
     assert page.row("b", "–", "–")
@@ -329,7 +335,7 @@ def test_other_kinds_of_results_are_shown(tmp_path):
 def test_variants_that_differ_in_a_number_become_a_curve(tmp_path):
     rows = [encoder(n, 0.6 + s / 100, f"{s} shot{'s' * (s > 1)}") for n in "ab" for s in (1, 4, 16)]
     page = page_of(tmp_path, TaskDone("t", "", None, [], [made_up(tmp_path / "r.json", rows, [])], []))
-    assert page.row("Encoder")[1:] == ["t: x-probe, 16 shots"]
+    assert page.row("Encoder")[1:] == ["x-probe, 16 shots: balanced accuracy"]
     assert len(page.pictures("the compared metric against the number")) == 1
     assert page.row("b + 4 shots", ".64 [.59, .69]")
 
@@ -393,3 +399,12 @@ def test_a_browser_shows_it_without_errors_or_requests(page, tmp_path):
         browser.close()
     assert said == []
     assert all(url.startswith(("file:", "data:")) for url in asked)
+
+
+def test_encoders_of_one_role_have_colors_of_their_own():
+    roles = {"a": "trained", "b": "other", "random:a": "random", "random:b": "random", "color": "color"}
+    colors = comparison_plots.colors_of(roles)
+    assert len({*colors.values()}) == len(roles)
+    grays = [tuple(int(colors[n][i : i + 2], 16) for i in (1, 3, 5)) for n in ("random:a", "random:b")]
+    assert all(max(gray) - min(gray) < 16 for gray in grays)
+    assert abs(grays[0][0] - grays[1][0]) > 40

@@ -141,6 +141,10 @@ def test_shares_of_the_labels_take_whole_patients(shards, tmp_path):
         assert rows[f"labels {share} %"]["details"]["learned_from"] == pytest.approx([learned] * 5, abs=8)
     assert all(n % 8 == 0 for n in rows["labels 10 %"]["details"]["learned_from"])
     assert [p["amount"] for p in results["curves"][0]["points"]] == [0.5, 0.1]
+    assert not any("Whole groups" in note for note in results["notes"])
+    plan = Plan((), (0.01,), probe="linear")  # two patients at least, 16 of 128 tiles
+    results = run_curves([made("color", color_statistics)], shards, question(tmp_path / "c.json", "color"), plan)
+    assert any("are taken: labels 1 % holds 1" in note for note in results["notes"])
     plan = Plan((), (0.5, 0.1), k=20)  # half the labels are 32 a class, a tenth are 8
     results = run_curves([made("color", color_statistics)], shards, question(tmp_path / "c.json", "color"), plan)
     assert any("At labels 10 % a class has fewer than k = 20 samples" in note for note in results["notes"])
@@ -202,6 +206,10 @@ def test_refusals(shards, tmp_path):
         run_curves(encoders * 2, shards, question(tmp_path / "c.json", "color"), plan)
     with pytest.raises(UserError, match=r"--share 1\.5 is out of range"):
         run_curves(encoders, shards, question(tmp_path / "c.json", "color"), Plan((), (1.5,)))
+    with pytest.raises(UserError, match="'labels 10 %' is asked for twice"):
+        run_curves(encoders, shards, question(tmp_path / "c.json", "color"), Plan((), (0.1, 0.10000000001)))
+    with pytest.raises(UserError, match="--max-tiles 0 is not a number of tiles"):
+        run_curves(encoders, shards, question(tmp_path / "c.json", "color"), Plan(BLURS[:1], max_tiles=0))
     with pytest.raises(UserError, match="k = 500 must lie between 1 and"):
         run_curves(encoders, shards, question(tmp_path / "c.json", "color"), Plan(BLURS[:1], k=500))
     (tmp_path / "mine.json").write_text("{}")

@@ -18,6 +18,7 @@ from eosin.eval import dense_data
 from eosin.eval.color import color_statistics
 from eosin.eval.dense import Settings, run_dense
 from eosin.eval.dense_scores import class_values, value_values
+from eosin.eval.dense_sheet import color, write_sheet
 from eosin.eval.encoders import Encoder, load_encoder
 from eosin.eval.question import Question
 from eosin.launch.cli import main
@@ -60,7 +61,7 @@ def make(tmp_path):
             else:
                 tifffile.imwrite(given / f"t{i}.tif", mask, photometric="minisblack")
         table = {"slide": [f"s{p}" for p in range(patients)], "patient": [f"p{p}" for p in range(patients)]}
-        writer.finish(pd.DataFrame(table | {"tiles": each}), tile_size=SIDE, mpp=0.5, config={})
+        writer.finish(pd.DataFrame(table | {"site": "", "tiles": each}), tile_size=SIDE, mpp=0.5, config={})
         return folder, given
 
     return make
@@ -171,7 +172,9 @@ def test_dice_and_iou_are_scikit_learn_s_under_every_draw():
     for tile in range(10):
         np.add.at(confusion[tile], (real[tile], told[tile]), 1)
     draws = np.concatenate([np.ones((1, 5)), rng.multinomial(5, np.ones(5) / 5, size=6), [[0, 0, 0, 0, 5]]])
-    values, per_class = class_values(confusion, clusters, np.zeros(10, dtype=int), draws, ["a", "b", "c"])
+    values, per_class = class_values(
+        confusion, np.arange(10), clusters, np.zeros(10, dtype=int), draws, ["a", "b", "c"]
+    )
     for row, weights in enumerate(draws[:-1]):
         repeated = np.repeat(np.arange(10), weights[clusters].astype(int))
         y, p = real[repeated].ravel(), told[repeated].ravel()
@@ -189,9 +192,11 @@ def test_dice_and_iou_are_scikit_learn_s_under_every_draw():
 
 def test_passes_are_averaged():
     confusion = np.array([[[4, 0], [0, 4]], [[0, 4], [4, 0]], [[4, 0], [4, 0]]])
-    values, _ = class_values(confusion, np.zeros(3, dtype=int), np.array([0, 1, 2]), np.ones((1, 1)), ["a", "b"])
+    tiles, passes = np.array([7, 2, 7]), np.array([0, 1, 2])
+    values, each = class_values(confusion, tiles, np.zeros(3, dtype=int), passes, np.ones((1, 1)), ["a", "b"])
     assert values["dice"][0] == pytest.approx((1 + 0 + (2 / 3 + 0) / 2) / 3)
     assert values["iou"][0] == pytest.approx((1 + 0 + (1 / 2 + 0) / 2) / 3)
+    assert [each[c]["n"] for c in "ab"] == [8, 8]  # of two tiles, one of which stands in two passes
 
 
 def test_pearson_and_error_are_numpy_s_under_every_draw():
@@ -269,9 +274,22 @@ def test_what_makes_no_sense_is_refused_in_one_line(make, tmp_path, monkeypatch)
     assert "does not exist" in refusal([good], masks=tmp_path / "absent")
     Image.fromarray(np.full((SIDE, SIDE), 9, np.uint8)).save(masks / "t0.png")
     assert "class '9' is annotated in 1 group only ('p0')" in refusal([good])
+    nowhere = Question([], "m", "site", question.out)
+    assert "lies under an annotation" in refusal([good], question=nowhere)
+    assert "lies under an annotation" in refusal([good], question=nowhere, regress=True)
+    (masks / "legend.csv").write_text("value,class\n77,absent\n78,absent too\n")
+    assert "lies under an annotation" in refusal([good])
     (masks / "legend.csv").write_text("value,class\n1,one\n2,two\n3,two\n")
     monkeypatch.setattr("os.posix_fallocate", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     assert "has no room for" in refusal([good])
+
+
+def test_every_class_stands_in_the_picture(tmp_path):
+    names = [f"class {n}" + " of a long name" * 4 for n in range(12)]
+    images, truth = np.zeros((1, 8, 8, 3), np.uint8), np.full((1, 8, 8), 255, np.uint8)
+    write_sheet(tmp_path / "s.png", images, truth, {"encoder": truth}, names)
+    shown = np.unique(np.asarray(Image.open(tmp_path / "s.png")).reshape(-1, 3), axis=0).tolist()
+    assert all(list(color(n)) in shown for n in range(12))
 
 
 def test_the_command_line_with_color_and_a_network(make, tmp_path, capsys):

@@ -73,7 +73,9 @@ def test_done_is_done_and_nothing_is_written_over(tiny_shards, tmp_path, capsys)
     assert main(["embed", "color", *arguments]) == 0
     assert "nothing to do" in capsys.readouterr().out
     assert main(["embed", "timm:test_vit", *arguments]) == 2
-    assert "holds other embeddings (of 'color')" in capsys.readouterr().err
+    assert "holds other embeddings (of 'color', with other name, pooling, " in capsys.readouterr().err
+    assert main(["embed", "color", "--stain", "tile", *arguments]) == 2
+    assert "(of 'color', with other normalizer, stain)" in capsys.readouterr().err
     assert out.stat().st_mtime_ns == before
 
 

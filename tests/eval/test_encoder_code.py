@@ -100,6 +100,15 @@ def test_errors_in_ones_own_code_are_one_line_that_names_it(code):
         with pytest.raises(UserError, match=said) as caught:
             load_encoder(code(name, body))(tiles())
         assert "\n" not in str(caught.value)
+    nothing = code("own_bad8", "import torch\ndef make():\n    return lambda tiles: torch.ones(len(tiles), 0)")
+    with pytest.raises(UserError, match=r"gave a tensor of \[3, 0\] for 3 tiles"):
+        load_encoder(nothing)(tiles())
+    changing = load_encoder(code("own_bad9", "def make():\n    return lambda tiles: tiles[:, 0, 0, : len(tiles)]"))
+    changing(tiles(3))
+    with pytest.raises(UserError, match=r"gave features of \[2, 3\] numbers"):
+        changing(tiles(2))
+    with pytest.raises(UserError, match="goes without its ending; give own_bad9:make"):
+        load_encoder("own_bad9.py:make")
     with pytest.raises(UserError, match="need a timm model; 'own_bad7:make' decides that itself"):
         load_encoder("own_bad7:make", pooling="mean")(tiles())
 

@@ -134,6 +134,7 @@ def test_what_the_hub_does_not_give_is_one_line_without_the_token(hub, published
         ("lab/transformers", "does not describe a timm model"),
         ("lab/short", "norm.bias"),  # weights load in full or not at all
         ("vit", "names no repository"),
+        ("../..", "is no name that the Hub allows"),
     ]:
         with pytest.raises(UserError, match=said) as caught:
             load_encoder(f"hf-hub:{name}")

@@ -85,6 +85,7 @@ def test_what_sources_do_not_have_is_one_line():
         ("torchvision:resnet18.V9", "no weights 'V9' of 'resnet18'; valid: IMAGENET1K_V1"),
         ("torchvision:squeezenet1_0", "no linear layer"),
         ("precomputed:features", "is features, not an encoder"),
+        ("timm:coat_tiny", "gives several maps or token lists at once"),
     ]:
         with pytest.raises(UserError, match=said) as caught:
             load_encoder(spec)

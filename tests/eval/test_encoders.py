@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import numpy as np
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from eosin.data_tools.draws import purpose
 from eosin.data_tools.errors import UserError
 from eosin.eval.color import color_statistics
-from eosin.eval.encoders import load_encoder
+from eosin.eval.encoders import load_encoder, pick_device
 from eosin.eval.features import pool, prepared
 from eosin.ssl import checkpoint
 from eosin.ssl.config import Stain, read_run_config
@@ -216,3 +217,39 @@ def test_what_is_no_encoder_is_refused(tmp_path, copy):
         with pytest.raises(UserError, match=said) as caught:
             load_encoder(spec)
         assert "\n" not in str(caught.value)
+
+
+def test_a_release_that_asks_for_what_it_should_not_is_refused(tmp_path):
+    good = {
+        "architecture": "test_vit",
+        "num_classes": 0,
+        "model_args": {"img_size": 32},
+        "pretrained_cfg": {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3},
+    }
+    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "elsewhere.pt")
+
+    def load(**changes):
+        (tmp_path / "config.json").write_text(json.dumps(good | changes))
+        return load_encoder(f"random:{tmp_path}")
+
+    assert load()(tiles()).shape == (4, 64)
+    for changes, said in [
+        ({"architecture": "hf-hub:lab/model"}, "'hf-hub:lab/model', which timm has not"),
+        ({"architecture": 3}, "'3', which timm has not"),
+        ({"model_args": {"checkpoint_path": str(tmp_path / "elsewhere.pt")}}, "multiple values.*checkpoint_path"),
+        ({"model_args": {"pretrained": True}}, "multiple values.*pretrained"),
+        ({"pretrained_cfg": good["pretrained_cfg"] | {"input_size": []}}, "describes no input"),
+        ({"pretrained_cfg": good["pretrained_cfg"] | {"std": [0, 1, 1]}}, "describes no input"),
+        ({"pretrained_cfg": good["pretrained_cfg"] | {"mean": ["a", 1, 1]}}, "describes no input"),
+        ({"pretrained_cfg": good["pretrained_cfg"] | {"input_size": [3, 33, 33]}}, "cannot be run on its own input"),
+    ]:
+        with pytest.raises(UserError, match=said) as caught:
+            load(**changes)
+        assert "\n" not in str(caught.value)
+
+
+def test_devices_that_compute_nothing_and_steps_that_are_no_numbers_are_refused():
+    with pytest.raises(UserError, match="there is no device 'meta'"):
+        pick_device("meta")
+    with pytest.raises(UserError, match="run@²': the folder does not exist"):
+        load_encoder("run@²")

@@ -233,6 +233,7 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(files, tmp_path, capsys):
         (["--shots", "1", "500"], "samples on the training side of fold"),
         (["--shots", "0"], "--shots 0 draws nothing"),
         (["--episodes", "1"], "--episodes 1 has no deviation"),
+        (["--episodes", "1000000000"], "give 2 to 100000"),
         (["--preset", "uni-knn"], "valid here: uni-simpleshot, thunder-simpleshot"),
     ]:
         assert main([*ask, *more]) == 2

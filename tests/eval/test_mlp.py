@@ -97,8 +97,10 @@ def test_the_verb_declares_what_it_did_and_scores_out_of_fold(short, write, coho
     for e, rows in zip(results["encoders"], (predictions[predictions["encoder"] == n] for n in ("good", "blind"))):
         assert len(e["details"]["learning_rate"]) == rows["fold"].nunique() == 5
         assert (rows.groupby("group")["fold"].nunique() == 1).all()
-    with pytest.raises(UserError, match="--width 0 leaves no hidden layer"):
+    with pytest.raises(UserError, match="--width 0 makes no hidden layer"):
         run_mlp(Question(files, "label", "patient", out), 0)
+    with pytest.raises(UserError, match="give 1 to 65536"):
+        run_mlp(Question(files, "label", "patient", out), 10**9)
 
 
 def test_nothing_is_chosen_on_the_scored_side(short, write, cohort, tmp_path):

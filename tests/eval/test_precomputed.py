@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_torch
 
 from eosin.data_tools.embeddings import read_embeddings
 from eosin.data_tools.errors import UserError
+from eosin.eval.contamination import contamination
 from eosin.eval.precomputed import import_features
 from eosin.eval.task import load_task
 from eosin.launch.cli import main
@@ -162,6 +164,12 @@ def test_what_is_broken_is_one_line_and_leaves_nothing(cohort, monkeypatch, caps
     np.savez("nan.npz", features=np.where(good > 0, np.nan, good))
     np.savez("twice.npz", features=good, keys=["a", "b", "a"])
     write_hdf5("short.h5", good, xy[:2])
+    write_hdf5("scale.h5", good, xy, mpp=np.inf)
+    np.savez("words.npz", features=good, x=["a", "b", "c"], y=[1, 2, 3])
+    np.savez("void.npz", features=good[:, :0])
+    np.savez("bytes.npz", features=good, slide=[b"\xff", b"a", b"b"])
+    np.savez("double.npz", features=good, label=[1, 2, 3], labels=[3, 2, 1])
+    save_file({"features": good, "column/x": np.arange(3)}, "ours.safetensors")
     for name in ("mixed", "nested/h5_files", "empty", "widths"):
         (folder / name).mkdir(parents=True)
     shutil.copy("uni/a.1.h5", "mixed/a.h5")
@@ -181,6 +189,13 @@ def test_what_is_broken_is_one_line_and_leaves_nothing(cohort, monkeypatch, caps
         (["precomputed:nan.npz"], "values that are not finite in 3 of 3 rows"),
         (["precomputed:twice.npz"], "two rows of the key 'a'"),
         (["precomputed:short.h5"], "coords of shape [2, 2] do not belong to 3 features"),
+        (["precomputed:scale.h5"], "scale.h5: mpp holds inf, which cannot be"),
+        (["precomputed:words.npz"], "words.npz: x holds what is no number"),
+        (["precomputed:void.npz"], "features is float32 of shape [3, 0], not numbers"),
+        (["precomputed:bytes.npz"], "bytes.npz holds a text that is not UTF-8"),
+        (["precomputed:double.npz"], "holds the column 'label' twice"),
+        (["precomputed:ours.safetensors"], "ours.safetensors is a file of 'eosin embed' already"),
+        (["precomputed:"], "names no features"),
         (["precomputed:mixed"], "files of several kinds (.h5, .npz)"),
         (["precomputed:nested"], "give one of its folders: h5_files"),
         (["precomputed:empty"], "empty holds no .npz"),
@@ -199,3 +214,24 @@ def test_what_is_broken_is_one_line_and_leaves_nothing(cohort, monkeypatch, caps
         assert said in line
     assert not (folder / "e.safetensors").exists()
     assert not (folder / "unpickled").exists()
+
+
+def test_tensors_of_training_and_bfloat16_and_tables_that_name_tiles_are_read(cohort):
+    folder, places, _ = cohort
+    torch.save(torch.ones(3, 2, requires_grad=True), folder / "grad.pt")
+    save_torch({"features": torch.full((3, 2), 0.5, dtype=torch.bfloat16)}, folder / "half.safetensors")
+    for name, value in (("grad.pt", 1.0), ("half.safetensors", 0.5)):
+        out = folder / f"{name}.out"
+        import_features(folder / name, out)
+        assert (read_embeddings(out).features == value).all()
+    # A slide's own scale and places are not those of its tiles.
+    (folder / "slides.csv").write_text("slide,key,x,mpp,seen,label\nb 2,k,7,0.25,yes,tumor\na.1,k,7,0.25,no,normal\n")
+    import_features(folder / "uni", folder / "e.safetensors", folder / "slides.csv")
+    table = read_embeddings(folder / "e.safetensors").table
+    assert table["key"].is_unique
+    assert table["mpp"].isna().all()
+    np.testing.assert_array_equal(table["x"], np.concatenate(list(places.values()))[:, 0])
+    # And a column that is called as ours says nothing of pretraining.
+    found = contamination([read_embeddings(folder / "e.safetensors")], np.arange(5))
+    assert found["uni"]["known"] is False
+    assert found["uni"]["samples"] is None

@@ -158,7 +158,7 @@ def test_more_labels_tell_more(probe, write, cohort, tmp_path, capsys):
     for more, said in [
         (["--ratios", "2"], "a share of labels of 2.0 is not in (0, 1]"),
         *(
-            [(["--ratios", ".01", "--k", "50"], "to vote of the smallest share; give smaller --k or larger --ratios")]
+            [(["--ratios", ".01", "--k", "50"], "to vote of the smallest share; give another --k or larger --ratios")]
             * (probe == "knn")
         ),
         *(
@@ -260,6 +260,8 @@ def test_every_split_from_files_to_results(write, cohort, tmp_path):
         assert len(results["split"]["folds"]) == folds == predictions["fold"].nunique()
         assert len(predictions) == (rows or sum(f["scored"] for f in results["split"]["folds"]))
         assert results["n"] == predictions["key"].nunique()
+        scored = predictions.drop_duplicates("key")["label"].value_counts().to_dict()
+        assert {c: found["n"] for c, found in results["encoders"][0]["classes"].items()} == scored
         assert metric(results, "good")["value"] > 0.7
         # The value again from the predictions, one pass at a time.
         passes = predictions.groupby("fold" if kind == "monte-carlo" else lambda _: 0)
@@ -453,6 +455,9 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(files, write, tmp_path, c
     occupied = tmp_path / "mine.json"
     occupied.write_text('{"thesis": 1}')
     out = tmp_path / "r.json"
+    features = np.random.default_rng(0).normal(size=(40, 4))
+    pairs = {"label": ["x", "y"] * 20, "patient": [f"p{i // 4}" for i in range(40)]}
+    gaps = write("gaps", features, block=["b", "c", "b", ""] * 10, **pairs)
     for probe, path, options, said in [
         ("knn", files[0], ["--label", "lable"], "did you mean 'label'"),
         ("knn", files[0], ["--group", "pateint"], "did you mean 'patient'"),
@@ -460,6 +465,9 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(files, write, tmp_path, c
         ("linear", single, [], "one class only"),
         ("mil", two, [], "2 groups cannot fill 5 folds"),
         ("knn", files[0], ["--k", "1000"], "must lie between 1 and the"),
+        ("knn", files[0], ["--k", "5", "--preset", "uni-knn"], "give --k or --preset, not both"),
+        ("knn", files[0], ["--out", str(occupied / "r.json")], "is no folder that can be written to"),
+        ("mil", gaps, ["--cluster", "block"], "have no 'block'"),
         ("knn", files[0], ["--folds", "50"], "40 groups cannot fill 50 folds"),
         ("knn", tmp_path / "absent", [], "does not exist"),
         ("knn", occupied, [], "not readable as safetensors"),

@@ -200,7 +200,7 @@ def test_columns_and_rows_that_cannot_be_told_are_left_out_and_said(genes, tmp_p
 def test_bad_input_ends_in_one_line_and_leaves_nothing(genes, tmp_path, capsys):
     files, _, _ = genes
     out, csv = tmp_path / "r.json", tmp_path / "genes.csv"
-    pd.read_csv(csv).assign(word="x", same=1, wild="inf").to_csv(csv, index=False)
+    pd.read_csv(csv).assign(word="x", same=1, wild="inf", huge=1e200).to_csv(csv, index=False)
     empty = tmp_path / "empty.csv"
     pd.DataFrame({"tile": ["t0", "t1"], "word": ["x", "y"]}).to_csv(empty, index=False)
     given = ["--targets-from", str(csv)]
@@ -209,6 +209,7 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(genes, tmp_path, capsys):
         (["--targets", "lable"], "did you mean 'label'"),
         (["--targets", "label"], "target 'label' holds 'tumor', which is no number"),
         ([*given, "--targets", "wild"], "target 'wild' holds 'inf', which is no number"),
+        ([*given, "--targets", "huge"], "target 'huge' holds '1e+200', which is no number, or too large a one"),
         ([*given, "--targets", "same"], "target 'same' is the same in every tile"),
         ([*given, "--targets", "C"], "has no column 'C'"),
         (["--targets-from", str(empty)], "adds no numeric column"),

@@ -188,6 +188,7 @@ def test_a_mistake_in_one_task_is_listed_and_the_others_go_on(suite, run, tmp_pa
         "leaks": {"group": "key"},  # each tile by itself, so that slides stand on both sides
         "alike": {"label": "stain"},
         "absent": {"label": "grade"},
+        "gone": {"embeddings": [str(tmp_path / "gone.safetensors")]},
         "fine": {},
     }
     code, _, said = run(suite(**tasks), encoders=("color",), page=True)
@@ -198,8 +199,9 @@ def test_a_mistake_in_one_task_is_listed_and_the_others_go_on(suite, run, tmp_pa
     assert "would stand on both sides of a split" in whys["leaks"][0]
     assert "has one class only ('H&E')" in whys["alike"][0]
     assert "no column 'grade'" in whys["absent"][0]
+    assert "gone.safetensors does not exist" in whys["gone"][0]
     assert whys["fine"] == []
-    assert "refused: leaks, knn: " in said
+    assert "leaks: knn was refused: " in said
     assert "would stand on both sides of a split" in (tmp_path / "results/index.html").read_text()
 
 
@@ -268,6 +270,7 @@ def test_nothing_to_do_is_refused_with_how_to_get_the_data(suite, run, tmp_path)
         ({"probes": [{"linear": {"preset": "uni-liner"}}]}, "there is no 'uni-liner'; did you mean 'uni-linear'?"),
         ({"probes": [{"knn": {"preset": "uni-knn", "k": [1]}}]}, "knn.preset: a preset has its own k"),
         ({"probes": ["knn", {"knn": {"k": [1]}}]}, "tasks.a: probe 'knn' is asked twice"),
+        ({"by": [""]}, "tasks.a.by.0: '' is not valid"),
         ({"probes": []}, "tasks.a.probes: [] is not valid: list should have at least 1 item"),
         ({"split": "kfolds"}, "tasks.a.split: 'kfolds' is not valid: input should be 'kfold'"),
         ({"folds": "5"}, "tasks.a.folds: '5' is not valid: input should be a valid integer"),
@@ -294,6 +297,7 @@ def test_other_mistakes_are_one_line(suite, run, tmp_path):
         code, _, said = run(path, *arguments, encoders=encoders)
         assert code == 2
         assert complaint in said.splitlines()[-1]
+    assert "'../a' is not a name; use letters" in run(suite(**{"../a": {}}))[2]
     assert run(suite(a={"data": "lc25001"}))[2].endswith("did you mean 'lc25000'?\n")
     assert run("tile")[2].endswith("did you mean 'tiles'?\n")
     assert "encoders" not in [p.name for p in (tmp_path / "results").rglob("*")]

@@ -78,10 +78,11 @@ def test_what_does_not_fit_is_refused(write, tmp_path):
     other = write("c", np.eye(4), key=["t0", "t1", "t2", "u"], **good)
     assert "do not hold the same tiles" in refusal([a, other], "label", "patient")
     nan = np.eye(4)
-    nan[2, 1] = np.nan
-    assert "NaN or infinite features in 1 of 4 rows, the first of tile 't2'" in refusal(
-        [write("d", nan, **good)], "label", "patient"
-    )
+    for value in (np.nan, np.inf, -np.inf, -1e16):
+        nan[2, 1] = value
+        assert "NaN, infinite or huge features in 1 of 4 rows, the first of tile 't2'" in refusal(
+            [write("d", nan, **good)], "label", "patient"
+        )
     assert "'t1' twice" in refusal([write("e", np.eye(4), key=["t0", "t1", "t1", "t3"], **good)], "label", "patient")
     assert "nothing is left" in refusal(
         [write("f", np.eye(4), label=[""] * 4, patient=list("pqrs"))], "label", "patient"

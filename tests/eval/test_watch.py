@@ -93,6 +93,13 @@ def test_what_is_there_is_not_evaluated_again_but_what_was_trained_again_is(suit
     watch(asked, run, {}, out, once=True)
     assert loaded == [f"{run}@6", f"{run}@8"] * 2
     assert [row["step"] for row in rows_of(out)] == [6, 6, 8, 8]
+    # Another question is answered anew, of every checkpoint.
+    watch(load_suite(str(suite(probes=["knn"]))), run, {}, out, once=True)
+    assert loaded == [f"{run}@6", f"{run}@8"] * 3
+    assert [(row["step"], row["variant"]) for row in rows_of(out)] == [(6, ""), (8, "")]
+    (out / "watch.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match="remove it to evaluate again"):
+        watch(asked, run, {}, out, once=True)
 
 
 def test_a_checkpoint_that_training_removes_is_passed_over(suite, run, tmp_path, monkeypatch, capsys):

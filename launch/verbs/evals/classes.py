@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     add_question(parser)
     if name == "knn":
         parser.add_argument(
-            "--k", type=int, nargs="+", default=[20], metavar="K", help="neighbors; several in one pass"
+            "--k", type=int, nargs="+", metavar="K", help="neighbors, 20 if not given; several in one pass"
         )
     if name in FAMILIES:
         valid = ", ".join(names(FAMILIES[name]))
@@ -55,18 +55,20 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the probe; return its exit code."""
-    from eosin.data_tools.errors import DONE
+    from eosin.data_tools.errors import DONE, UserError
     from eosin.eval import probe
     from eosin.eval.describe import describe
     from eosin.eval.encoders import pick_device
 
     question, device = the_question(args), str(pick_device(args.device))
+    if args.probe == "knn" and args.preset and args.k:
+        raise UserError(f"preset '{args.preset}' has its own k; give --k or --preset, not both")
     if args.probe in FAMILIES and args.preset:
         results = probe.run_preset(question, args.preset, FAMILIES[args.probe], device, args.ratios)
     elif args.probe == "linear":
         results = probe.run_linear(question, device, args.ratios)
     elif args.probe == "knn":
-        results = probe.run_knn(question, args.k, device, args.ratios)
+        results = probe.run_knn(question, args.k or [20], device, args.ratios)
     elif args.probe == "mlp":
         results = probe.run_mlp(question, args.width, device)
     else:

@@ -49,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     add("--side", default="split", metavar="COLUMN", help="column that says train, val or test, for --split fixed")
     add("--cluster", metavar="COLUMN", help="what the bootstrap draws as a whole; the group if not given")
     add("--allow-leak", metavar="REASON", help="score a split with something on both sides; say why")
-    add("--pooling", choices=("cls", "mean", "cls+mean"), default="cls", help="class token, mean of patches, or both")
-    add("--pretrained", action="store_true", help="released weights for timm:NAME")
+    add("--pooling", choices=("auto", "cls", "mean", "cls+mean"), default="auto", help="as of 'eosin embed'")
+    add("--pretrained", action="store_true", help="released weights for timm: and torchvision:")
     add("--seed", type=int, default=0, metavar="N", help="of tiles, folds and bootstrap")
     add("--device", default="auto", help="auto, cpu or cuda")
 

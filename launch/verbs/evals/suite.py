@@ -73,8 +73,8 @@ def _run(args: argparse.Namespace) -> int:
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
     for task in outcome.tasks:
-        for what, why in task.refused:
-            print(f"refused: {task.name}, {what}: {why}", file=sys.stderr)
+        for said in task.refusals:
+            print(f"{task.name}: {said}", file=sys.stderr)
     for name, get in outcome.skipped:
         print(f"skipped: {name}, its data has no path: {get}", file=sys.stderr)
     for path, count in outcome.left_out.items():
