@@ -89,14 +89,15 @@ class Fit:
     objective: float
     steps: int
 
-    def probabilities(self, features: np.ndarray) -> np.ndarray:
-        """Of each class for [Q, D]: [Q, K] float64, in chunks of rows."""
+    def probabilities(self, features: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+        """Of each class for [Q, D], or for some of its rows: [Q, K] float64, in chunks of rows."""
         from scipy.special import softmax
 
-        found = np.empty((len(features), len(self.intercepts)))
-        for first in range(0, len(features), _rows(features.shape[1], CHUNK)):
-            part = slice(first, first + _rows(features.shape[1], CHUNK))
-            found[part] = softmax(features[part].astype(np.float64) @ self.weights + self.intercepts, axis=1)
+        found = np.empty((len(features) if rows is None else len(rows), len(self.intercepts)))
+        first = 0
+        for chunk in _chunks(features, rows):
+            part = slice(first, first := first + len(chunk))
+            found[part] = softmax(chunk.astype(np.float64) @ self.weights + self.intercepts, axis=1)
         return found
 
 

@@ -196,14 +196,28 @@ def attention_path(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Side:
-    """What a probe is given in one fold: queries [Q, D] to answer, and train [T, D] with labels and groups, [T]."""
+    """What a probe is given in one fold: queries [Q, D] to answer, and train [T, D] with labels and groups, [T].
+
+    Both are rows of ``features``, [N, D], which may be mapped from a file, and are copied when they are asked for.
+    """
 
     fold: int
-    queries: np.ndarray
-    train: np.ndarray
+    features: np.ndarray
+    scored: np.ndarray
+    learned: np.ndarray
     labels: np.ndarray
     groups: np.ndarray
     classes: int
+
+    @property
+    def queries(self) -> np.ndarray:
+        """The rows to answer."""
+        return self.features[self.scored]
+
+    @property
+    def train(self) -> np.ndarray:
+        """The rows to learn from."""
+        return self.features[self.learned]
 
 
 def _sides(question: Question, task: Task, split: Split, ratios: Sequence[float] = ()) -> list[list[np.ndarray]]:
@@ -240,10 +254,9 @@ def _answers(
     found: list[np.ndarray] = []
     made: list[list[list[dict[str, Any]]]] = [[] for _ in ratios or [1.0]]
     for fold, (rows, _, scored) in enumerate(each_fold(split, f"{what}, {encoder.name}")):
-        queries = encoder.features[scored]
         for share, learned in enumerate(sides[fold]):
-            train, labels, groups = encoder.features[learned], task.labels[learned], task.groups[learned]
-            probabilities, details = probe(Side(fold, queries, train, labels, groups, shape[2]))
+            labels, groups = task.labels[learned], task.groups[learned]
+            probabilities, details = probe(Side(fold, encoder.features, scored, learned, labels, groups, shape[2]))
             if fold == 0:
                 found.append(np.empty(shape, dtype=probabilities.dtype))
             found[share][:, rows] = probabilities
@@ -304,8 +317,8 @@ def _linear(
 
     def probe(side: Side) -> tuple[np.ndarray, list[dict[str, Any]]]:
         seed = hash32(question.seed, purpose("linear fold"), side.fold)
-        given = (side.queries, side.train, side.labels, side.groups, side.classes)
-        found, strength = linear_probabilities(*given, seed, device=device)
+        given = (side.queries, side.features, side.labels, side.groups, side.classes)
+        found, strength = linear_probabilities(*given, seed, device=device, rows=side.learned)
         return found[None], [{"C": strength}]
 
     return _answers(task, split, encoder, sides, probe, "linear", {variant: {}}, ratios)

@@ -265,6 +265,8 @@ def eval_command(result: Results, embeddings: str) -> str:
     for name in (*known, *(["k"] if verb in ("knn", "cluster") and not options["preset"] else [])):
         value = parameters.get(name, [])
         options[name] = value if isinstance(value, list) else [value]
+    if verb == "knn" and options.get("k") == [20]:  # what is asked where nothing is said
+        del options["k"]
     if kind != "kfold":
         options["split"] = [kind]
     if kind == "monte-carlo":

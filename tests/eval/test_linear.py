@@ -44,3 +44,14 @@ def test_chooses_the_strength_a_plain_search_chooses(noise):
 def test_a_training_side_of_one_group_is_refused():
     with pytest.raises(UserError, match="1 group"):
         choose_strength(np.ones((4, 2)), np.array([0, 1, 0, 1]), np.zeros(4), 2, 0)
+
+
+def test_some_rows_of_a_larger_array_are_the_training_side():
+    rng = np.random.default_rng(5)
+    features, labels, groups = rng.normal(size=(90, 4)), rng.integers(0, 2, 90), np.arange(90) // 3
+    rows = np.flatnonzero(groups % 3 > 0)
+    given = (features[:9], features, labels[rows], groups[rows], 2, 1)
+    found, strength = linear_probabilities(*given, rows=rows)
+    copied, same = linear_probabilities(features[:9], features[rows], labels[rows], groups[rows], 2, 1)
+    assert strength == same
+    np.testing.assert_allclose(found, copied, atol=1e-6)
