@@ -97,6 +97,7 @@ def asked_columns(question: Question) -> dict[str, str]:
 
 
 def make_split(question: Question, task: Task) -> Split:
+    """The split that was asked for. Raises UserError as :mod:`eosin.eval.splits` does, and for one class only."""
     refuse_foreign(question.out)
     if len(task.classes) < 2:
         raise UserError(f"label '{question.label}' has one class only ('{task.classes[0]}'); a probe needs two or more")
