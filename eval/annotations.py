@@ -36,6 +36,7 @@ IGNORED = 255  # of a mask: not annotated
 LEGEND = "legend.csv"
 XML = ".xml"
 ENDINGS = (*given_masks.IMAGES, *given_masks.OUTLINES, XML)
+LABELS_HEAD = b"tile,label,cover\n"
 MOST_CLASSES = 64
 LARGEST_VALUE = (1 << 24) - 1
 # Points a side at which the share of a tile is counted that an annotation covers.
@@ -182,6 +183,12 @@ def tile_labels(annotations: Annotations, cover: float = 0.5) -> tuple[np.ndarra
         if counts.any() and shares[tile] >= cover:
             names[tile] = annotations.classes[int(counts.argmax())]
     return names, shares
+
+
+def refuse_other_file(path: Path) -> None:
+    """Raise UserError where ``path`` holds something else than :func:`write_labels` writes."""
+    if path.is_dir() or (path.exists() and path.read_bytes()[: len(LABELS_HEAD)] != LABELS_HEAD):
+        raise UserError(f"{path} exists and holds no labels of 'eosin eval label'; give another --out")
 
 
 def write_labels(path: Path, table: pd.DataFrame, labels: np.ndarray, shares: np.ndarray) -> None:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from eosin.eval.task import Task
 
 
+FALLING = ("jpeg", "labels")  # the smaller the amount, the worse
+
+
 def curves_of(
     degradations: Sequence[Degradation], shares: Sequence[tuple[str, float]], mpp: pd.Series | None
 ) -> list[dict[str, Any]]:
@@ -45,6 +48,8 @@ def curves_of(
     if shares:
         points = [{"variant": name, "amount": share} for name, share in shares]
         curves["labels"] = {"kind": "labels", "title": "share of the labels", "points": points}
+    for kind, curve in curves.items():
+        curve["points"].sort(key=lambda point: point["amount"], reverse=kind in FALLING)
     return list(curves.values())
 
 

@@ -43,6 +43,7 @@ class Dataset:
         tile_size: px that the shorter side is scaled to, before the middle is cut; None where all are square and alike.
         scale: published px to a stored px.
         stain: of the tiles.
+        masks: whether masks for a dense probe are written beside its shard set (:func:`masks_of`).
     """
 
     name: str
@@ -60,6 +61,7 @@ class Dataset:
     tile_size: int | None = None
     scale: int = 1
     stain: str = "H&E"
+    masks: bool = False
 
     def find(self, folder: Path) -> pd.DataFrame:
         """A row an image: its path in ``folder``, label, and what else is known of it.
@@ -92,6 +94,11 @@ def pack(name: str, folder: Path, out: Path) -> Summary:
     if short > 0:
         summary.notices.append(f"{len(rows)} of the {known.images} published images are here; {short} are missing")
     return summary
+
+
+def masks_of(shards: Path) -> Path:
+    """The folder of the masks of a packed public set that has some."""
+    return shards.with_name(f"{shards.name}-masks")
 
 
 def dataset(name: str) -> Dataset:
@@ -147,7 +154,7 @@ def _pack_files(known: Dataset, folder: Path, rows: pd.DataFrame, out: Path) -> 
 
 
 def _pack_pannuke(known: Dataset, folder: Path, rows: pd.DataFrame, out: Path) -> Summary:
-    images, masks = (out.with_name(f"{out.name}-{what}") for what in ("images", "masks"))
+    images, masks = out.with_name(f"{out.name}-images"), masks_of(out)
     neoplastic = pannuke.export(folder, rows, images, masks)
     summary = _pack_files(known, images, rows.drop(columns="index").assign(neoplastic=neoplastic), out)
     summary.notices.append(f"masks of the nuclei's classes, called as the tiles' keys: {masks}")
@@ -299,6 +306,7 @@ _SETS = (
         ),
         mpp=0.25,
         side="split",
+        masks=True,
     ),
     Dataset(
         name="lc25000",

@@ -45,29 +45,14 @@ AT_ONCE = 32  # tiles whose pixels are told at once
 SHOWN = 8  # tiles in the picture
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How a dense probe is fitted.
-
-    Attributes:
-        regress: the masks hold values, not classes.
-        patches: at most so many are learned from, the same number of each tile.
-        tile_size: a tile's side in pixels of the slide's finest level, where the shard set does not know it.
-        batch: tiles that are embedded at once.
-    """
-
-    regress: bool = False
-    patches: int = MOST_PATCHES
-    tile_size: float | None = None
-    batch: int = 64
-
-
 @dataclass
 class _Ground:
     """What all encoders are held against: N tiles, their truth, split and clusters."""
 
     question: Question
-    settings: Settings
+    masks: Path
+    regress: bool
+    patches: int
     shards: ShardSet
     tiles: np.ndarray
     task: Task
@@ -81,60 +66,80 @@ class _Ground:
 
 
 def run_dense(
-    encoders: Sequence[Encoder], shards: ShardSet, masks: Path, question: Question, settings: Settings = Settings()
-) -> tuple[dict[str, Any], list[str]]:
+    question: Question,
+    encoders: Sequence[Encoder],
+    shards: ShardSet,
+    masks: Path,
+    regress: bool = False,
+    patches: int = MOST_PATCHES,
+    tile_size: float | None = None,
+    batch_size: int = 64,
+) -> dict[str, Any]:
     """Probe the patch tokens of encoders on the annotated tiles of a shard set; write the results and a picture.
 
+    Notes of the results speak of slides without annotations and files that fit nothing too.
+
     Args:
-        encoders: with patch tokens, or "color".
+        question: group, split and out; its embeddings and labels are not looked at.
+        encoders: with patch tokens, or "color" (:func:`~eosin.eval.dense_data.tokens_of`).
         shards: whose tiles are embedded; none of it is written.
         masks: annotations, or images of values (:mod:`eosin.eval.annotations`).
-        question: group, split and out; its embeddings and labels are not looked at.
+        regress: the masks hold values, not classes.
+        patches: at most so many are learned from, the same number of each tile.
+        tile_size: a tile's side in pixels of the slide's finest level, where the shard set does not know it.
+        batch_size: tiles that are embedded at once.
 
-    Returns:
-        The results, and notices on slides without annotations and files that fit nothing.
+    Raises:
+        UserError: an encoder without patch tokens, nothing that is annotated, or a split that cannot be made.
     """
     from eosin.eval.dense_sheet import sheet_path, write_sheet
 
     names = [e.name for e in encoders]
     if len(set(names)) < len(names):
         raise UserError(f"two encoders go by the name '{max(names, key=names.count)}'; give each once")
-    if settings.patches < 1:
-        raise UserError(f"--patches {settings.patches} leaves nothing to learn from; give 1 or more")
+    if patches < 1:
+        raise UserError(f"--patches {patches} leaves nothing to learn from; give 1 or more")
+    for encoder in encoders:
+        dense_data.tokens_of(encoder)
     folder = question.out.resolve().parent
-    ground, notices = _ground(shards, masks, question, settings, folder)
+    ground, notices = _ground(question, shards, masks, regress, patches, tile_size, folder)
     rows, frames, pictures = [], [], {}
     for encoder in encoders:
         table = ground.task.table.copy()
         made = encoder.fingerprint | {"shards": shards.identity} | contamination.mark(table, encoder.seen)
         ground.task.encoders.append(Embeddings(np.empty((len(table), 0), np.float32), table, made))
         encoder = replace(encoder, fingerprint=made)
-        tokens = dense_data.token_maps(encoder, shards, ground.tiles, folder, settings.batch)
-        row, frame, pictures[encoder.name] = (_values if settings.regress else _classes)(ground, tokens)
+        tokens = dense_data.token_maps(encoder, shards, ground.tiles, folder, batch_size)
+        row, frame, pictures[encoder.name] = (_values if regress else _classes)(ground, tokens)
         rows.append(row)
         frames.append(frame)
         del tokens
-    results = _results(ground, rows, frames)
     images = np.zeros((len(ground.shown), shards.tile_size, shards.tile_size, 3), np.uint8)
     for places, found in dense_data.decoded(shards, ground.tiles[ground.shown], SHOWN, "picture"):
         images[places] = found
     write_sheet(sheet_path(question.out), images, ground.truth[ground.shown], pictures, ground.annotations.classes)
-    return results, notices
+    return _results(ground, rows, frames, notices)
 
 
 def _ground(
-    shards: ShardSet, masks: Path, question: Question, settings: Settings, folder: Path
+    question: Question,
+    shards: ShardSet,
+    masks: Path,
+    regress: bool,
+    patches: int,
+    tile_size: float | None,
+    folder: Path,
 ) -> tuple[_Ground, list[str]]:
     """Find the truth and the split; all refusals happen before the first encoder sees a tile."""
     refuse_foreign(question.out)
-    table = tile_places(shards, settings.tile_size)
+    table = tile_places(shards, tile_size)
     for column, option in ({question.group: "--group"} | asked_columns(question)).items():
         if column not in table.columns:
             raise UserError(
                 f"{shards.name} has no column '{column}' for {option}; {nearest(column, list(map(str, table.columns)))}"
             )
     table["crc32"], table["size"] = (shards.column(name).astype(np.int64) for name in ("crc32", "size"))
-    annotations, notices = open_annotations(masks, table, None if settings.regress else shards.tile_size)
+    annotations, notices = open_annotations(masks, table, None if regress else shards.tile_size)
     has_file, grouped = annotations.file >= 0, text(table[question.group]) != ""
     left_out = {"no annotation": int((~has_file).sum())}
     left_out[f"no group in '{question.group}'"] = int((has_file & ~grouped).sum())
@@ -145,7 +150,7 @@ def _ground(
     nothing = UserError(f"no tile of {shards.name} lies under an annotation of {masks} and has a group")
     if not len(tiles):
         raise nothing
-    if settings.regress:
+    if regress:
         truth = dense_data.value_truth(annotations, tiles, (CELLS, CELLS))
         named = annotations.legend or {}
         classes = [named.get(str(c + 1)) or f"channel {c + 1}" for c in range(truth.shape[3])]
@@ -177,7 +182,7 @@ def _ground(
     scored = np.unique(split.rows)
     shown = scored[_varied(labels[scored], tiles[scored], question.seed)]
     return _Ground(
-        question, settings, shards, tiles, task, split, clusters, draws, shown, truth, annotations, leaks
+        question, masks, regress, patches, shards, tiles, task, split, clusters, draws, shown, truth, annotations, leaks
     ), notices
 
 
@@ -188,7 +193,7 @@ def _classes(ground: _Ground, tokens: dense_data.Tokens) -> tuple[Row, pd.DataFr
     shares = dense_data.patch_shares(truth, tokens.grid, n_classes)  # [N, h, w, C]
     flat = shares.reshape(len(shares), -1, n_classes)
     usable = flat.sum(axis=2) > 0
-    of_tile, patch = dense_data.drawn_patches(usable, ground.tiles, ground.settings.patches, ground.question.seed)
+    of_tile, patch = dense_data.drawn_patches(usable, ground.tiles, ground.patches, ground.question.seed)
     features = tokens.maps.reshape(*usable.shape, -1)[of_tile, patch]  # [M, D]
     target = flat[of_tile, patch]  # [M, C]
     confusion = np.zeros((len(split.rows), n_classes, n_classes), dtype=np.int64)
@@ -259,7 +264,7 @@ def _values(ground: _Ground, tokens: dense_data.Tokens) -> tuple[Row, pd.DataFra
         target = dense_data.value_truth(ground.annotations, ground.tiles, tokens.grid)
     flat = target.reshape(len(target), -1, len(names))
     usable = np.ones(flat.shape[:2], dtype=bool)
-    of_tile, patch = dense_data.drawn_patches(usable, ground.tiles, ground.settings.patches, ground.question.seed)
+    of_tile, patch = dense_data.drawn_patches(usable, ground.tiles, ground.patches, ground.question.seed)
     features = tokens.maps.reshape(*usable.shape, -1)[of_tile, patch]
     down, across = (dense_data.overlaps(np.linspace(0, n, CELLS + 1), n) for n in tokens.grid)
     said = np.zeros((len(split.rows), CELLS, CELLS, len(names)), dtype=np.float32)
@@ -287,18 +292,22 @@ def _values(ground: _Ground, tokens: dense_data.Tokens) -> tuple[Row, pd.DataFra
     return row, _said(ground, tokens.encoder.name, columns), said[[last[int(tile)] for tile in ground.shown]]
 
 
-def _results(ground: _Ground, rows: list[Row], frames: list[pd.DataFrame]) -> dict[str, Any]:
+def _results(ground: _Ground, rows: list[Row], frames: list[pd.DataFrame], notices: list[str]) -> dict[str, Any]:
     import pandas as pd
 
-    question, settings, task, split = ground.question, ground.settings, ground.task, ground.split
+    question, task, split = ground.question, ground.task, ground.split
     names, once = ground.annotations.classes, np.unique(split.rows)
-    parameters: dict[str, Any] = {"patches": settings.patches, "tokens": "float16"}
+    parameters: dict[str, Any] = {"patches": ground.patches, "tokens": "float16"}
     if question.split in ("kfold", "monte-carlo"):
         parameters["folds"] = question.folds
     found, leak_notes = leaks_and_reason(question, ground.leaks)
-    own: dict[str, Any] = {"split": split.describe(task.labels, task.groups, task.classes), "leaks": found}
+    own: dict[str, Any] = {
+        "masks": str(ground.masks),
+        "split": split.describe(task.labels, task.groups, task.classes),
+        "leaks": found,
+    }
     chance: dict[str, float | None]
-    if settings.regress:
+    if ground.regress:
         truth = ground.truth[once]
         deviation = truth.std(axis=(0, 1, 2), dtype=np.float64)
         targets = [
@@ -337,7 +346,7 @@ def _results(ground: _Ground, rows: list[Row], frames: list[pd.DataFrame]) -> di
         clusters=ground.draws.shape[1],
         scored=once,
         own=own,
-        notes=leak_notes,
+        notes=[*leak_notes, *notices],
     )
 
 

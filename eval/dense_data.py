@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,14 +76,20 @@ def decoded(shards: ShardSet, tiles: np.ndarray, batch: int, desc: str) -> Itera
                 yield first + np.array(good), np.stack([image for image in images if image is not None])
 
 
+def tokens_of(encoder: Encoder) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What gives patch tokens [B, h, w, D] of uint8 tiles [B, 3, T, T]. Raises UserError where an encoder has none."""
+    function = color_tokens if encoder.function is color_statistics else encoder.tokens
+    if function is None:
+        raise UserError(f"'{encoder.name}' has no patch tokens; a dense probe needs an encoder that keeps a grid")
+    return function
+
+
 def token_maps(encoder: Encoder, shards: ShardSet, tiles: np.ndarray, folder: Path, batch: int) -> Tokens:
     """The patch tokens of tiles that can be read, after the encoder's stain normalization.
 
     Raises UserError for an encoder without patch tokens, tokens that are not finite, or a disk without room for them.
     """
-    function = color_tokens if encoder.function is color_statistics else encoder.tokens
-    if function is None:
-        raise UserError(f"'{encoder.name}' has no patch tokens; a dense probe needs an encoder that keeps a grid")
+    function = tokens_of(encoder)
     normalizer = make_normalizer(encoder.stain, shards)
     maps: np.ndarray | None = None
     for rows, images in decoded(shards, tiles, batch, f"tokens, {encoder.name}"):

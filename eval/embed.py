@@ -52,7 +52,7 @@ def embed(encoder: Encoder, shards: ShardSet, out: Path, batch_size: int | None 
             cannot be used, or the encoder gives values that are not finite.
     """
     normalizer = make_normalizer(encoder.stain, shards)
-    fingerprint = encoder.fingerprint | _data_fingerprint(shards) | contamination.fingerprint(encoder.seen)
+    fingerprint = encoder.fingerprint | data_fingerprint(shards) | contamination.fingerprint(encoder.seen)
     if there := made_already(out, fingerprint):
         return there
     if not len(shards):
@@ -123,7 +123,8 @@ def largest_that_fits(attempt: Callable[[int], object], most: int = MOST_BATCH) 
     return 1
 
 
-def _data_fingerprint(shards: ShardSet) -> dict[str, Any]:
+def data_fingerprint(shards: ShardSet) -> dict[str, Any]:
+    """What the fingerprint of embeddings says of tiles and slides table. Raises UserError for a broken table."""
     shards.slides()  # says in a line what is wrong with the table
     return {"shards": shards.identity, "slides": hashlib.sha256(shards.store.read_all("slides.parquet")).hexdigest()}
 

@@ -52,6 +52,7 @@ def reached(what: str) -> Iterator[None]:
     from huggingface_hub.utils import logging
 
     offline = f"{what} is not on this machine and the Hub cannot be reached; connect, or set HF_HOME to where it is"
+    http_error: type[Exception] = errors.HfHubHTTPError.__bases__[0]  # of its HTTP library, which changed its name
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it tells of each new attempt
     try:
@@ -75,6 +76,11 @@ def reached(what: str) -> Iterator[None]:
         ) from None
     except (errors.OfflineModeIsEnabled, ConnectionError):
         raise UserError(offline) from None
+    except http_error as error:  # in the middle of a file
+        said = type(error).__name__
+        raise UserError(
+            f"{what} cannot be had: the Hub stopped answering ({said}); run the same command again"
+        ) from None
     finally:
         logging.set_verbosity(verbosity)
 

@@ -152,7 +152,12 @@ def _read_hdf5(file: Path) -> tuple[dict[str, np.ndarray], float]:
     import h5py
 
     with h5py.File(file, "r") as archive:
-        data = {name: value for name, value in archive.items() if isinstance(value, h5py.Dataset)}
+        # A link or a dataset may lead to other files, which the user did not give.
+        own = [name for name in archive if isinstance(archive.get(name, getlink=True), h5py.HardLink)]
+        data = {name: archive[name] for name in own if isinstance(archive[name], h5py.Dataset)}
+        data = {name: d for name, d in data.items() if not (d.is_virtual or d.external)}
+        # Beside features and places a column is one value a row.
+        data = {name: d for name, d in data.items() if name in (*FEATURES, COORDS) or d.ndim == 1}
         attributes = dict(archive.attrs) | {k: v for d in data.values() for k, v in d.attrs.items()}
         arrays = {name: (v.asstr()[()] if h5py.check_string_dtype(v.dtype) else v[()]) for name, v in data.items()}
     said = [float(attributes[name]) for name in MPP if name in attributes]

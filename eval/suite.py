@@ -21,7 +21,7 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,8 @@ from eosin.eval.encoders import Encoder, load_encoder
 from eosin.eval.probe import run_preset
 from eosin.eval.question import Question
 from eosin.eval.report.comparison import TaskDone, write_comparison
-from eosin.eval.suite_file import PROBES, Suite, Task, function_of, name_of
+from eosin.eval.suite_dense import files_of, sight_of
+from eosin.eval.suite_file import DENSE, PROBES, Suite, Task, as_keys, function_of, name_of
 
 DESCRIPTION = "dataset.json"  # what a shard set has
 SUITE, LOCK = "suite.yaml", ".lock"
@@ -63,7 +64,7 @@ class Outcome:
     @property
     def refused(self) -> bool:
         """Whether anything that was asked could not be answered."""
-        return bool(self.left_out) or any(task.refused for task in self.tasks)
+        return bool(self.left_out) or any(task.refused or task.without for task in self.tasks)
 
 
 def run_suite(
@@ -101,9 +102,12 @@ def _run(
     made: dict[str, list[Path]] = {name: [] for name in places}
     failed: dict[str, list[tuple[str, str]]] = {name: [] for name in places}
     folders, titles = slugs({name: name for name in places}), slugs(loaded)
-    for given in loaded if places else ():
+    read = {task.data for task in suite.tasks.values() if task.embedded} & places.keys()
+    for given in loaded if read else ():
         encoder = load_encoder(given, device=device, **options)
         for name, place in places.items():
+            if name not in read:
+                continue
             path = out / "embeddings" / folders[name] / f"{titles[given]}.safetensors"
             try:
                 embedded(encoder, ShardSet(place), path, batch_size)
@@ -113,14 +117,19 @@ def _run(
             made[name].append(path)
             if refused_path(path).exists():
                 outcome.left_out[path] = len(refused_path(path).read_text(encoding="utf-8").splitlines()) - 1
+
+    def load() -> list[Encoder]:
+        return [load_encoder(given, device=device, **options) for given in loaded]
+
     for number, (name, task) in enumerate(suite.tasks.items(), start=1):
         if task.data and task.data not in places:
             outcome.skipped.append((name, DATASETS[task.data].get))
             said = "skipped, since its data has no path"
         else:
             known = task.data or ""
-            done = TaskDone(name, task.about, places.get(known), made.get(known, []), [], list(failed.get(known, [])))
-            run_task(task, done, out, device)
+            without = list(failed.get(known, []))
+            done = TaskDone(name, task.about, places.get(known), made.get(known, []), [], [], without)
+            run_task(task, done, out, device, load, batch_size)
             outcome.tasks.append(done)
             said = "; ".join([f"{len(done.results)} result{'s' * (len(done.results) != 1)}", *done.refusals])
         print(f"task {number}/{len(suite.tasks)} {name}: {said}", file=sys.stderr, flush=True)
@@ -129,24 +138,42 @@ def _run(
     return outcome
 
 
-def run_task(task: Task, done: TaskDone, out: Path, device: str) -> None:
-    """Run a task's probes on the embeddings of ``done`` that are not answered yet, and add what came of them to it."""
+def run_task(
+    task: Task, done: TaskDone, out: Path, device: str, load: Callable[[], list[Encoder]], batch_size: int | None
+) -> None:
+    """Run a task's probes that are not answered yet, and add what came of them to ``done``.
+
+    Args:
+        load: gives the encoders, for a dense probe.
+    """
     given = [Path(path) for path in task.embeddings or ()]
     done.embeddings.extend(given)
-    for probe in task.probes if done.embeddings else ():
+    for probe in task.probes:
         path = out / "results" / done.name / f"{name_of(probe)}.json"
+        if DENSE not in probe and not done.embeddings:
+            continue
         try:
-            encoders = [read_embeddings(path).encoder for path in done.embeddings]
-            question = question_of(task, done.embeddings, path)
-            asked = _asked(probe, question, encoders, given)
+            more: dict[str, Any] = {"device": device}
+            if DENSE in probe:
+                assert done.shards is not None
+                sight = sight_of(task, done.shards, load())
+                done.without.extend((f"{DENSE} of {encoder}", why) for encoder, why in sight.blind)
+                question = question_of(task, [], path, sight.masks)
+                fingerprints, files = sight.fingerprints, files_of(sight.masks)
+                more |= sight.given | ({"batch_size": batch_size} if batch_size else {})
+            else:
+                question = question_of(task, done.embeddings, path)
+                fingerprints = [read_embeddings(path).encoder for path in done.embeddings]
+                files = [{"sha256": sha256(path)} for path in given]
+            asked = _asked(probe, question, fingerprints, files)
             if not _answered(path, asked):
                 _remove(path)
-                ask(probe, question, device)
+                ask(probe, question, **more)
                 write_json(_asked_path(path), asked)
             done.results.append(path)
         except UserError as error:
             _remove(path)
-            done.refused.append((name_of(probe), str(error)))
+            done.refused.append((name_of(probe), as_keys(str(error))))
 
 
 def find_data(suite: Suite, data: Mapping[str, Path], out: Path) -> dict[str, Path]:
@@ -192,10 +219,15 @@ def embedded(encoder: Encoder, shards: ShardSet, path: Path, batch_size: int | N
         embed(encoder, shards, path, batch_size)
 
 
-def question_of(task: Task, embeddings: list[Path], out: Path) -> Question:
-    """The question of a task; a public set says what the task leaves open. Raises UserError where nobody says it."""
+def question_of(task: Task, embeddings: list[Path], out: Path, masks: Path | None = None) -> Question:
+    """The question of a task; a public set says what the task leaves open. Raises UserError where nobody says it.
+
+    Args:
+        masks: in place of a label, for a dense probe.
+    """
     known = DATASETS.get(task.data or "")
-    label, group = task.label or (known and known.label), task.group or (known and known.group)
+    label = masks.stem if masks else task.label or (known and known.label)
+    group = task.group or (known and known.group)
     if not label or not group:
         raise UserError(f"{'group' if label else 'label'} is not set; name a column")
     return Question(
@@ -216,16 +248,19 @@ def question_of(task: Task, embeddings: list[Path], out: Path) -> Question:
     )
 
 
-def ask(probe: Mapping[str, Mapping[str, Any]], question: Question, device: str) -> dict[str, Any]:
-    """Run a probe of a task; write and return its results."""
+def ask(probe: Mapping[str, Mapping[str, Any]], question: Question, **more: Any) -> dict[str, Any]:
+    """Run a probe of a task; write and return its results.
+
+    Args:
+        more: passed on where the probe's function takes it, such as ``device``.
+    """
     ((name, options),) = probe.items()
     about, function = PROBES[name], function_of(name)
     given = {about.spelled.get(option, option): value for option, value in options.items()}
     if given.get("preset"):  # of which the probe's own function knows nothing
         function, given = run_preset, given | {"name": given["preset"], "family": about.family}
         del given["preset"]
-    if "device" in inspect.signature(function).parameters:
-        given["device"] = device
+    given |= {name: value for name, value in more.items() if name in inspect.signature(function).parameters}
     results: dict[str, Any] = function(question, **given)
     return results
 
@@ -279,7 +314,7 @@ def slugs(named: Mapping[str, str]) -> dict[str, str]:
 
 
 def _asked(
-    probe: Mapping[str, Any], question: Question, encoders: list[dict[str, Any]], given: Sequence[Path]
+    probe: Mapping[str, Any], question: Question, encoders: list[dict[str, Any]], files: Sequence[Mapping[str, str]]
 ) -> dict[str, Any]:
     """All that an answer depends on, as plain data."""
     known = {
@@ -288,7 +323,7 @@ def _asked(
         "question": {k: v for k, v in vars(question).items() if k not in ("embeddings", "out", "labels")},
         "labels": sha256(question.labels) if question.labels and question.labels.is_file() else None,
         "encoders": encoders,
-        "files": [sha256(path) for path in given],
+        "files": files,
     }
     plain: dict[str, Any] = json.loads(json.dumps(known))
     return plain
@@ -324,6 +359,7 @@ def _described(suite: Suite, encoders: list[str], outcome: Outcome, out: Path) -
                 "name": task.name,
                 "results": [path.relative_to(out).as_posix() for path in task.results],
                 "refused": [{"probe": probe, "why": why} for probe, why in task.refused],
+                "without": [{"encoder": encoder, "why": why} for encoder, why in task.without],
             }
             for task in outcome.tasks
         ],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +20,7 @@ from pydantic import BeforeValidator, Field, ValidationError, create_model, mode
 
 from eosin import configs
 from eosin.data_tools.errors import UserError, nearest
+from eosin.eval.datasets import DATASETS
 from eosin.ssl.config import Count, FileName, Section
 
 
@@ -36,6 +38,7 @@ class Probe(NamedTuple):
     spelled: Mapping[str, str] = MappingProxyType({})
 
 
+DENSE = "dense"  # the one that looks at tiles and masks, where the others read embeddings
 PROBES: Mapping[str, Probe] = MappingProxyType(
     {
         "knn": Probe("eosin.eval.probe", "run_knn", "knn", {"k": "ks"}),
@@ -46,9 +49,10 @@ PROBES: Mapping[str, Probe] = MappingProxyType(
         "retrieval": Probe("eosin.eval.retrieval", "run_retrieval", spelled={"top": "tops"}),
         "cluster": Probe("eosin.eval.clustering", "run_cluster"),
         "regress": Probe("eosin.eval.regress", "run_regress", "ridge", {"preset": "name"}),
+        DENSE: Probe("eosin.eval.dense", "run_dense"),
     }
 )
-NOT_OPTIONS = {"question", "device"}
+NOT_OPTIONS = {"question", "device", "encoders", "shards", "masks", "batch_size"}
 BESIDE_PRESET = {"ratios"}  # options that a preset run in place of a probe has too
 
 Text = Annotated[str, Field(min_length=1)]
@@ -84,6 +88,7 @@ class Task(Section):
     label: Text | None = None  # of a public set: its own where not given, and so are group and side
     group: Text | None = None
     labels: Text | None = None
+    masks: Text | None = None  # what a dense probe is held against, as 'eosin eval dense --masks'
     key: Literal["tile", "slide", "patient"] = "slide"
     split: Literal["kfold", "leave-one-group-out", "monte-carlo", "fixed"] = "kfold"
     folds: Count = 5
@@ -95,10 +100,27 @@ class Task(Section):
     seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
     probes: Annotated[list[Annotated[dict[str, dict[str, Any]], BeforeValidator(_as_probe)]], Field(min_length=1)]
 
+    @property
+    def dense(self) -> bool:
+        """Whether one of the probes is dense."""
+        return any(DENSE in probe for probe in self.probes)
+
+    @property
+    def embedded(self) -> bool:
+        """Whether a probe reads embeddings."""
+        return any(DENSE not in probe for probe in self.probes)
+
     @model_validator(mode="after")
     def _combinations(self) -> Task:
         if (self.data is None) == (self.embeddings is None):
             raise ValueError("give either data (a shard set or a public set) or embeddings (a list of files)")
+        if self.masks and not self.dense:
+            raise ValueError(f"masks are for the probe '{DENSE}', which is not asked; add it or leave masks out")
+        if self.dense and self.data is None:
+            raise ValueError(f"probe '{DENSE}' looks at patch tokens, which embeddings do not hold; give data")
+        known = DATASETS.get(self.data or "")
+        if self.dense and not self.masks and not (known and known.masks):
+            raise ValueError(f"probe '{DENSE}' needs masks, a folder of annotations, which is not set")
         names = [name_of(probe) for probe in self.probes]
         if len(set(names)) < len(names):
             twice = next(n for n in names if names.count(n) > 1)
@@ -150,6 +172,17 @@ def load_suite(suite: str) -> Suite:
         place = found["loc"][0] if len(found["loc"]) > 1 else None
         section = SECTIONS.get(str(place), Suite)
         raise UserError(f"{path}: {_line(found, list(section.model_fields))}") from None
+
+
+def as_keys(message: str) -> str:
+    """A message in which options of the command line are called as the suite's keys are."""
+    known = {*Task.model_fields, *(key for name in PROBES for key in _options_of(name).model_fields)}
+
+    def key(option: re.Match[str]) -> str:
+        name = option[1].replace("-", "_")
+        return name if name in known else option[0]
+
+    return re.sub(r"--([a-z][a-z-]*)", key, message)
 
 
 def name_of(probe: Mapping[str, Mapping[str, Any]]) -> str:

@@ -1,11 +1,12 @@
 """Evaluation of a training run's checkpoints beside it, and the choice among them, on validation only.
 
-    RESULTS/watch.jsonl   a row a checkpoint, task, probe and variant
+    RESULTS/watch.jsonl   a row a checkpoint, task, probe and variant; those of the baselines first
     RESULTS/watch.png     the curves
     RESULTS/best.json     the checkpoint that was picked, and why
 
 With a fixed split the ``val`` side is scored, and rows of the test side are taken away before any probe sees them. With
-any other split every sample of the task serves to choose, which is said beside the choice. The run is only read.
+any other split every sample of the task serves to choose, which is said beside the choice. Color and the run's network
+with random weights are evaluated once, so that no curve stands alone. The run is only read.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,16 +29,20 @@ from eosin.data_tools.errors import UserError
 from eosin.data_tools.files import atomic_path, sha256, write_json
 from eosin.data_tools.shards import ShardSet
 from eosin.eval.describe import title
+from eosin.eval.embed import data_fingerprint
 from eosin.eval.encoders import load_encoder
 from eosin.eval.question import Question
 from eosin.eval.splits import SYNONYMS
 from eosin.eval.suite import ask, embedded, find_data, held, question_of, slugs
-from eosin.eval.suite_file import Suite, Task, name_of
+from eosin.eval.suite_dense import files_of, masks_folder, sight_of
+from eosin.eval.suite_file import DENSE, Suite, Task, as_keys, name_of
 from eosin.eval.task import column_of, load_task
 from eosin.ssl import checkpoint
 from eosin.ssl.config import read_run_config
 
 ROWS, CURVES, BEST = "watch.jsonl", "watch.png", "best.json"
+BASELINES = {"color": "color alone", "random": "random weights"}  # rows of no step
+STYLES = {"color": "-.", "random": "--"}
 Row = dict[str, Any]
 
 
@@ -66,10 +71,22 @@ def watch(
     for name, task in suite.tasks.items():
         if not task.data:
             raise UserError(f"task '{name}' is of embeddings that exist; a run is watched on data: name a shard set")
+        if task.dense and task.split == "fixed":
+            raise UserError(
+                f"task '{name}' has a dense probe and a fixed split, whose side 'val' such a probe cannot score; "
+                "give it split: kfold, on data that serves for nothing else"
+            )
     with held(out, suite):
         places = find_data(suite, data, out)
         asked = _asked(suite, places)
         rows = [row for row in read_rows(out) if row["asked"] == asked]
+        for baseline in BASELINES:
+            if not any(row["teacher"] == baseline for row in rows):
+                given = f"random:{run}" if baseline == "random" else baseline
+                new = _evaluate(suite, given, places, out, device, batch_size)
+                rows = [*rows, *({"step": None, "teacher": baseline, "asked": asked} | row for row in new)]
+                _write(out, rows, run)
+                print(f"{BASELINES[baseline]}: {_said(new)}", file=sys.stderr, flush=True)
         while True:
             found = checkpoint.steps(run)
             for folder in found:
@@ -96,7 +113,7 @@ def _with_checkpoint(
         teacher = checkpoint.describe(folder)["files"][checkpoint.TEACHER]
         if any(row["step"] == step and row["teacher"] == teacher for row in rows):
             return rows
-        new = _evaluate(suite, run, step, places, out, device, batch_size)
+        new = _evaluate(suite, f"{run}@{step}", places, out, device, batch_size)
     except (UserError, OSError):
         if folder.exists():
             raise
@@ -104,7 +121,7 @@ def _with_checkpoint(
         return rows
     if any(row["step"] == step for row in rows):
         # Its weights are others: it was trained again after a rewind, and so is all that follows.
-        rows = [row for row in rows if row["step"] < step]
+        rows = [row for row in rows if row["step"] is None or row["step"] < step]
     rows = [*rows, *({"step": step, "teacher": teacher, "asked": asked} | row for row in new)]
     _write(out, rows, run)
     print(f"step {step}: {_said(new)}", file=sys.stderr, flush=True)
@@ -115,22 +132,30 @@ def pick(rows: Sequence[Row]) -> Row | None:
     """The step whose primary metrics are highest: the mean over tasks, of means over probes, of means over variants.
 
     Only steps of which everything was answered that was answered of any are compared; of equal ones the earliest wins.
-    None where there is none.
+    None where there is none. What the baselines reach stands beside it.
     """
     answered = [row for row in rows if row["value"] is not None]
-    everything = {(row["task"], row["probe"], row["variant"]) for row in answered}
-    means = {}
-    for step in sorted({row["step"] for row in answered}):
-        of_step = {(r["task"], r["probe"], r["variant"]): r["value"] for r in answered if r["step"] == step}
-        if of_step.keys() == everything:
-            means[step] = _mean_of_means(of_step)
+    everything = {(row["task"], row["probe"], row["variant"]) for row in answered if row["step"] is not None}
+
+    def means_of(column: str, asked: Iterable[Any]) -> dict[Any, float]:
+        found = {}
+        for one in asked:
+            mine = {(r["task"], r["probe"], r["variant"]): r["value"] for r in answered if r[column] == one}
+            if mine.keys() == everything:
+                found[one] = _mean_of_means(mine)
+        return found
+
+    means = means_of("step", sorted({row["step"] for row in answered} - {None}))
     if not means:
         return None
     best = max(means, key=lambda step: means[step])  # the first of equal ones
+    baselines = means_of("teacher", BASELINES)
     scored = {row["task"]: row["scored"] for row in answered}
     why = [f"highest mean of the primary metrics on validation, {means[best]:.4f}, of {len(means)} checkpoints"]
+    why += [f"{BASELINES[name]} {mean:.4f}" for name, mean in baselines.items()]
     why += [f"{task}: {what}" for task, what in scored.items()]
-    return {"step": best, "value": means[best], "why": "; ".join(why), "means": {str(s): m for s, m in means.items()}}
+    known = {"means": {str(s): m for s, m in means.items()}, "baselines": baselines}
+    return {"step": best, "value": means[best], "why": "; ".join(why)} | known
 
 
 def read_rows(out: Path) -> list[Row]:
@@ -156,10 +181,7 @@ def validation(task: Task, question: Question, folder: Path) -> tuple[Question, 
     Raises UserError where a fixed split has no validation side.
     """
     if task.split != "fixed":
-        return question, (
-            f"every sample was scored ({task.split}), so all data of this task counts as validation: a figure on it is "
-            "not independent of this choice"
-        )
+        return question, of_all(task)
     loaded = load_task(question.embeddings, question.label, question.group, question.labels, question.key)
     given = column_of(loaded, question.side, "--side")
     sides = np.array([SYNONYMS.get(side.lower(), side.lower()) for side in given], dtype=object)
@@ -176,32 +198,46 @@ def validation(task: Task, question: Question, folder: Path) -> tuple[Question, 
     return replace(question, embeddings=[path], labels=None), f"the val side of '{question.side}' was scored"
 
 
+def of_all(task: Task) -> str:
+    """What a split that is not fixed scores, in words."""
+    return (
+        f"every sample was scored ({task.split}), so all data of this task counts as validation: a figure on it is "
+        "not independent of this choice"
+    )
+
+
 def _evaluate(
-    suite: Suite, run: Path, step: int, places: Mapping[str, Path], out: Path, device: str, batch_size: int | None
+    suite: Suite, given: str, places: Mapping[str, Path], out: Path, device: str, batch_size: int | None
 ) -> list[Row]:
-    """The rows of a checkpoint; what lies in ``out`` meanwhile is removed."""
-    encoder = load_encoder(f"{run}@{step}", device=device, **suite.embedding.model_dump())
+    """The rows of a checkpoint or baseline; what lies in ``out`` meanwhile is removed."""
+    encoder = load_encoder(given, device=device, **suite.embedding.model_dump())
     working, names = out / "working", slugs({name: name for name in places})
     rows: list[Row] = []
     for data, place in places.items():
         path = working / f"{names[data]}.safetensors"
+        tasks = {name: task for name, task in suite.tasks.items() if task.data == data}
         why = None
         try:
-            embedded(encoder, ShardSet(place), path, batch_size)
+            if any(task.embedded for task in tasks.values()):
+                embedded(encoder, ShardSet(place), path, batch_size)
         except UserError as error:
             why = str(error)
-        for name, task in suite.tasks.items():
-            if task.data != data:
-                continue
-            if why:
-                rows += [_row(name, probe, refused=why) for probe in task.probes]
-                continue
-            question, scored = validation(task, question_of(task, [path], working / "answer.json"), working)
+        for name, task in tasks.items():
+            question = None
+            if task.embedded and why is None:
+                question, scored = validation(task, question_of(task, [path], working / "answer.json"), working)
             for probe in task.probes:
                 try:
-                    results = ask(probe, question, device)
+                    if DENSE in probe:
+                        sight = sight_of(task, place, [encoder])
+                        dense, scored = question_of(task, [], working / "answer.json", sight.masks), of_all(task)
+                        results = ask(probe, dense, **sight.given)
+                    elif question is None:
+                        raise UserError(str(why))
+                    else:
+                        results = ask(probe, question, device=device)
                 except UserError as error:
-                    rows.append(_row(name, probe, refused=str(error)))
+                    rows.append(_row(name, probe, refused=as_keys(str(error))))
                     continue
                 primary = results["primary"]
                 for found in results["encoders"]:
@@ -221,8 +257,13 @@ def _asked(suite: Suite, places: Mapping[str, Path]) -> str:
     """A mark of all that is asked of a checkpoint: rows of another suite, data or labels are not kept."""
     labels = {task.labels for task in suite.tasks.values() if task.labels and Path(task.labels).is_file()}
     files = {path: sha256(Path(path)) for path in sorted(labels)}
-    shards = {name: ShardSet(place).identity for name, place in places.items()}
-    known = json.dumps([suite.model_dump(), files, shards], sort_keys=True)
+    shards = {name: data_fingerprint(ShardSet(place)) for name, place in places.items()}
+    masks = {
+        name: files_of(masks_folder(task, places[task.data]))
+        for name, task in suite.tasks.items()
+        if task.data and task.dense
+    }
+    known = json.dumps([suite.model_dump(), files, shards, masks], sort_keys=True)
     return hashlib.blake2b(known.encode(), digest_size=8).hexdigest()
 
 
@@ -262,7 +303,8 @@ def draw(rows: Sequence[Row], best: int | None, path: Path) -> None:
 
     from eosin.eval.report.plots import CATEGORIES, DPI, GRAY, INK, STYLE
 
-    answered = [row for row in rows if row["value"] is not None]
+    answered = [row for row in rows if row["value"] is not None and row["step"] is not None]
+    beside = {(r["task"], r["probe"], r["variant"], r["teacher"]): r["value"] for r in rows if r["step"] is None}
     tasks = list(dict.fromkeys(row["task"] for row in answered))
     if not tasks:
         return
@@ -288,11 +330,14 @@ def draw(rows: Sequence[Row], best: int | None, path: Path) -> None:
                     elinewidth=1,
                     capsize=2,
                 )
+                for baseline, style in STYLES.items():
+                    if (level := beside.get((task, probe, variant, baseline))) is not None:
+                        axes.axhline(level, color=color, linestyle=style, linewidth=1, alpha=0.8)
             for chance in {r["chance"] for r in of_task} - {None}:
                 axes.axhline(chance, color=GRAY, linestyle=":", linewidth=1)
             if best is not None:
-                axes.axvline(best, color=INK, linestyle="--", linewidth=0.8, label=f"picked: step {best}")
-            axes.set_title(f"{task}; dotted: chance; 95 % intervals")
+                axes.axvline(best, color=INK, linewidth=0.8, label=f"picked: step {best}")
+            axes.set_title(f"{task}; dashed: random weights; dash-dotted: color alone; dotted: chance; 95 % intervals")
             axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
         axes.set_xlabel("step")
         with atomic_path(path) as temporary:

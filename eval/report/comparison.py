@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from eosin.data_tools.errors import UserError
@@ -31,6 +31,7 @@ class TaskDone:
         embeddings: one an encoder.
         results: one a probe.
         refused: (probe, the one-line reason), such as a leak.
+        without: (encoder, the one-line reason) of those that could not be probed.
     """
 
     name: str
@@ -39,14 +40,16 @@ class TaskDone:
     embeddings: list[Path]
     results: list[Path]
     refused: list[tuple[str, str]]
+    without: list[tuple[str, str]] = field(default_factory=list)
 
     @property
     def refusals(self) -> list[str]:
-        """A sentence a reason: which probes were refused, and why."""
+        """A sentence a reason: which probes were refused or encoders left out, and why."""
         reasons: dict[str, list[str]] = {}
         for probe, why in self.refused:
             reasons.setdefault(why, []).append(probe)
-        return [f"{', '.join(p)} {'was' if len(p) == 1 else 'were'} refused: {why}" for why, p in reasons.items()]
+        said = [f"{', '.join(p)} {'was' if len(p) == 1 else 'were'} refused: {why}" for why, p in reasons.items()]
+        return [*said, *(f"{encoder} was left out: {why}" for encoder, why in self.without)]
 
 
 def write_comparison(out: Path, title: str, tasks: Sequence[TaskDone]) -> None:
@@ -133,7 +136,10 @@ def _reproduction(tasks: Sequence[Task]) -> Section:
     commands = ["# all of these at once: eosin eval suite SUITE.yaml --encoders ENCODER..."]
     for task in tasks:
         embeddings = " ".join(shlex.quote(str(path)) for path in task.done.embeddings)
-        commands += [sections.eval_command(result, embeddings) for result in task.results]
+        tiles = f"ENCODER... {shlex.quote(str(task.done.shards))}"  # what a dense probe looks at
+        commands += [
+            sections.eval_command(r, tiles if findings.verb_of(r.data) == "dense" else embeddings) for r in task.results
+        ]
     if results:
         rows = [[task.done.name, str(r.path)] for task in tasks for r in task.results]
         blocks += [Listing("\n".join(commands)), sections.fingerprints(results), Table(["Task", "Results"], rows)]

@@ -54,17 +54,25 @@ def colors_of(encoders: Mapping[str, str]) -> dict[str, str]:
     return {name: next(palettes.get(role, others)) for name, role in encoders.items()}
 
 
-def recalls(probes: Sequence[Probe], colors: Mapping[str, str]) -> bytes:
-    """Recall of each class by each encoder, with intervals; a panel a probe."""
-    classes = len(probes[0].data["classes"])
+def of_each(
+    probes: Sequence[Probe], colors: Mapping[str, str], names: Sequence[str], metric: str, of: str = "classes"
+) -> bytes:
+    """A metric of each class by each encoder, with intervals; a panel a probe.
+
+    Args:
+        names: of the classes.
+        of: where a row holds them; "targets" for what is measured.
+    """
+    classes = len(names)
     encoders = max(len(p.rows) for p in probes)
     height = max(1.6, classes * (0.16 * encoders + 0.16)) + 0.8
     with mpl.rc_context(STYLE):
         figure, grid = _grid(len(probes), 2, height)
         for axes, probe in zip(grid, probes):
-            for place, name in enumerate(probe.data["classes"]):
+            least = 0.0
+            for place, name in enumerate(names):
                 for number, row in enumerate(probe.rows):
-                    found = row["classes"].get(name, {}).get("recall")
+                    found = row[of].get(name, {}).get(metric)
                     if found is None:
                         continue
                     y = place + 0.76 * ((number + 0.5) / len(probe.rows) - 0.5)
@@ -72,13 +80,14 @@ def recalls(probes: Sequence[Probe], colors: Mapping[str, str]) -> bytes:
                     if found["low"] is not None:
                         axes.plot([found["low"], found["high"]], [y, y], color=color, linewidth=2)
                     axes.plot(found["value"], y, "o", color=color, markersize=4.5)
-            axes.set_yticks(range(classes), [short(str(c), 24) for c in probe.data["classes"]])
+                    least = min(least, found["value"], least if found["low"] is None else found["low"])
+            axes.set_yticks(range(classes), [short(str(c), 24) for c in names])
             axes.set_ylim(classes - 0.5, -0.5)
-            axes.set_xlim(-0.02, 1.02)
-            axes.set(title=short(probe.title, 60), xlabel="recall")
+            axes.set_xlim(least - 0.02, 1.02)
+            axes.set(title=short(probe.title, 60), xlabel=title_of(metric))
             axes.tick_params(axis="y", length=0)
             axes.grid(False, axis="y")
-            axes.hlines(np.arange(classes - 1) + 0.5, 0, 1, color=SOFT, linewidth=0.4)
+            axes.hlines(np.arange(classes - 1) + 0.5, least, 1, color=SOFT, linewidth=0.4)
         _encoders(figure, [r["encoder"] for r in probes[0].rows], colors)
         return compact(png(figure, SMALL_DPI))
 

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import cv2
 import numpy as np
 import pandas as pd
 
 from eosin.data_tools.errors import UserError
 from eosin.data_tools.shards import ShardSet
+from eosin.eval.dense_sheet import sheet_path
 from eosin.eval.describe import subgroup_table
 from eosin.eval.report import comparison_plots, findings, sections
 from eosin.eval.report.comparison_pictures import Room, disputed_sheet, neighbor_sheet
@@ -33,7 +35,7 @@ from eosin.eval.report.comparison_samples import (
     told_by,
 )
 from eosin.eval.report.findings import AHEAD, Probe, Results, interval, number, title_of
-from eosin.eval.report.page import Block, Cell, Gallery, Heading, Picture, Section, Table, Words, chart
+from eosin.eval.report.page import Block, Cell, Gallery, Heading, Picture, Section, Table, Words, chart, photo
 
 if TYPE_CHECKING:
     from eosin.eval.report.comparison import TaskDone
@@ -124,6 +126,7 @@ def section(task: Task, anchor: str, room: Room, colors: dict[str, str]) -> tupl
         blocks += _gallery(room.keep(*[chart(comparison_plots.compact(d), a) for d, a in drawn]))
         blocks += _series(task, room, colors)
         blocks += _metrics(task)
+        blocks += _parts(task, room, colors)
         blocks += _classes(task, room, colors, doubts)
         blocks += _subgroups(task)
         blocks += _tiles(task, room, doubts)
@@ -180,6 +183,25 @@ def _metrics(task: Task) -> list[Block]:
     return blocks
 
 
+def _parts(task: Task, room: Room, colors: dict[str, str]) -> list[Block]:
+    """What is compared, for each class of pixels or each target by itself, and the picture of a dense probe."""
+    blocks: list[Block] = []
+    for probe, result in task.shown:
+        dense = findings.verb_of(probe.data) == "dense"
+        targets = [target["name"] for target in probe.data.get("targets", [])]
+        if not dense and len(targets) < 2:
+            continue
+        of, each = ("targets", "target") if targets else ("classes", "class")
+        names = targets or probe.data["classes"]
+        said = f"{title_of(probe.primary)} of each {each} by each encoder"
+        drawn = chart(comparison_plots.of_each([probe], colors, names, probe.primary, of), said)
+        blocks += [Heading(f"{probe.title}: each {each}"), *_gallery(room.keep(drawn))]
+        if dense and (image := cv2.imread(str(sheet_path(result.path)))) is not None:
+            alt = "tiles, what is true of them, and what the probe of each encoder tells"
+            blocks += _gallery(room.keep(photo(image[..., ::-1], alt, alt.capitalize())))
+    return blocks
+
+
 def _classes(task: Task, room: Room, colors: dict[str, str], doubts: list[str]) -> list[Block]:
     """Counts, recall, confusion and calibration, of results about classes."""
     found = [(p, r) for p, r in task.shown if p.data.get("classes") and "predicted" in r.predictions]
@@ -190,7 +212,10 @@ def _classes(task: Task, room: Room, colors: dict[str, str], doubts: list[str]) 
         p for p, _ in found if all("recall" in c for row in p.rows for c in row.get("classes", {"": {}}).values())
     ]
     if detailed:
-        drawn = chart(comparison_plots.recalls(detailed, colors), "recall of each class by each encoder")
+        names = detailed[0].data["classes"]
+        drawn = chart(
+            comparison_plots.of_each(detailed, colors, names, "recall"), "recall of each class by each encoder"
+        )
         blocks += _gallery(room.keep(drawn))
     blocks.append(Heading("What is taken for what"))
     for probe, result in found:

@@ -260,6 +260,8 @@ def eval_command(result: Results, embeddings: str) -> str:
     verb = findings.verb_of(data)
     targets = [target["name"] for target in data.get("targets", [])]
     options = {"targets": targets} if verb == "regress" else {"label": [data["label"]]}
+    if verb == "dense":
+        options = {"masks": [data["masks"]], "patches": [parameters["patches"]]}
     options |= {"group": [data["group"]], "preset": [data["protocol"]] if "paper" in parameters else []}
     known = ("folds", "seed", "bag", "ratios", "shots", "episodes", "top", "starts", "width")
     for name in (*known, *(["k"] if verb in ("knn", "cluster") and not options["preset"] else [])):
@@ -281,6 +283,7 @@ def eval_command(result: Results, embeddings: str) -> str:
     if leaks.get("reason"):
         options["allow-leak"] = [leaks["reason"]]
     given = [f"--{o} {' '.join(shlex.quote(str(v)) for v in values)}" for o, values in options.items() if values]
+    given += ["--regress"] if verb == "dense" and targets else []
     return f"eosin eval {verb} {embeddings} {' '.join(given)} --out {shlex.quote(str(result.path))}"
 
 

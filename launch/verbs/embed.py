@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,6 +81,10 @@ def main(args: argparse.Namespace) -> int:
     batch_size = _batch_size(args.batch_size)
     if args.encoder.startswith("precomputed:"):
         return _precomputed(args)
+    if args.encoder == "color":
+        _refuse_unused(
+            args, {"pooling": "auto", "layers": 1, "precision": "auto"}, "for networks, and 'color' is statistics"
+        )
     if not args.shards:
         raise UserError(f"give what '{args.encoder}' is to embed: eosin embed {args.encoder} SHARDS --out {args.out}")
     for number in (signal.SIGTERM, signal.SIGUSR2):
@@ -123,10 +127,7 @@ def _precomputed(args: argparse.Namespace) -> int:
         raise UserError(f"features are there already in '{args.encoder}', so nothing is embedded; leave SHARDS out")
     unused = {"pooling": "auto", "layers": 1, "pretrained": False, "precision": "auto", "stain": None}
     unused |= {name: None for name in SLIDES if name != "slides_csv"}
-    given = [name for name, default in unused.items() if getattr(args, name) != default]
-    if given:
-        option = given[0].replace("_", "-")
-        raise UserError(f"--{option} is for what embeds, and '{args.encoder}' holds features; leave it out")
+    _refuse_unused(args, unused, f"for what embeds, and '{args.encoder}' holds features")
     path = args.encoder.partition(":")[2]
     if not path:
         raise UserError("'precomputed:' names no features; give precomputed:PATH of a file or folder")
@@ -134,6 +135,14 @@ def _precomputed(args: argparse.Namespace) -> int:
     what = f"{summary.tiles} tiles x {summary.dimension} features"
     print(f"{args.out} holds these embeddings already ({what})" if summary.cached else f"{what} in {args.out}")
     return DONE
+
+
+def _refuse_unused(args: argparse.Namespace, unused: Mapping[str, object], why: str) -> None:
+    """Raise UserError where one of the options is not as it would be without being given."""
+    from eosin.data_tools.errors import UserError
+
+    if given := [name for name, default in unused.items() if getattr(args, name) != default]:
+        raise UserError(f"--{given[0].replace('_', '-')} is {why}; leave it out")
 
 
 def _embed(encoder: Encoder, args: argparse.Namespace, batch_size: int | None) -> Summary:

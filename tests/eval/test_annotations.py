@@ -306,6 +306,12 @@ def test_from_a_shard_set_to_labels_that_a_probe_reads(shards, write, tmp_path, 
     assert main(["eval", "label", str(shards), str(tmp_path / "given"), "--out", str(out)]) == 0
     assert "1 of 4 tiles stay unlabeled" in capsys.readouterr().out
     found = pd.read_csv(out, keep_default_na=False)
+    assert main(["eval", "label", str(shards), str(tmp_path / "given"), "--out", str(out)]) == 0  # its own is replaced
+    foreign = tmp_path / "slides.csv"
+    foreign.write_text("slide,label\ns0,x\n")
+    assert main(["eval", "label", str(shards), str(tmp_path / "given"), "--out", str(foreign)]) == 2
+    assert "holds no labels of 'eosin eval label'; give another --out" in capsys.readouterr().err
+    assert foreign.read_text() == "slide,label\ns0,x\n"
     assert found["label"].tolist() == ["x", "y", "y", ""]
     np.testing.assert_allclose(found["cover"], [1, 1, 20 / 32, 14 / 32], atol=1e-4)
     columns = {name: table[name].tolist() for name in ("key", "slide", "patient", "y", "extent", "width", "height")}

@@ -198,6 +198,13 @@ def test_no_scale_is_made_up():
         assert curves_of(blurs, [], mpp)[0]["points"] == [{"variant": "blur 2", "amount": 2}]
 
 
+def test_points_go_from_mild_to_strong_in_whatever_order_they_are_asked():
+    asked = [Degradation(kind, amount) for kind, amount in (("blur", 4), ("jpeg", 10), ("blur", 1), ("jpeg", 90))]
+    found = curves_of(asked, [("labels 10 %", 0.1), ("labels 50 %", 0.5)], None)
+    points = {curve["kind"]: [point["amount"] for point in curve["points"]] for curve in found}
+    assert points == {"blur": [1, 4], "jpeg": [90, 10], "labels": [0.5, 0.1]}
+
+
 def test_refusals(shards, tmp_path):
     encoders, plan = [made("detail", detail)], Plan(BLURS[:1], k=5)
     with pytest.raises(UserError, match="no column 'grade'"):

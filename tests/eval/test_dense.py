@@ -16,7 +16,7 @@ from eosin.data_tools.results import read_results
 from eosin.data_tools.shards import ShardSet, ShardWriter
 from eosin.eval import dense_data
 from eosin.eval.color import color_statistics
-from eosin.eval.dense import Settings, run_dense
+from eosin.eval.dense import run_dense
 from eosin.eval.dense_scores import class_values, value_values
 from eosin.eval.dense_sheet import color, write_sheet
 from eosin.eval.encoders import Encoder, load_encoder
@@ -80,7 +80,7 @@ def striped(seed=0, count=48):
 def test_tokens_that_tell_the_class_give_a_dice_of_1_and_noise_gives_chance(make, tmp_path):
     shards, masks = make(*striped())
     question = Question([], "masks", "patient", tmp_path / "dense.json", folds=3)
-    run_dense([encoder("seen", seen), encoder("noise", noise)], ShardSet(shards), masks, question)
+    run_dense(question, [encoder("seen", seen), encoder("noise", noise)], ShardSet(shards), masks)
     results, said = read_results(tmp_path / "dense.json")
     exact, blind = (e["metrics"] for e in results["encoders"])
     assert {m: exact[m]["value"] for m in exact} == {"dice": 1.0, "iou": 1.0, "pixel_accuracy": 1.0}
@@ -116,9 +116,8 @@ def test_tokens_that_tell_the_patient_tell_no_class_of_others(make, tmp_path):
         return torch.from_numpy(np.broadcast_to(eye[:, None, None], (len(tiles), GRID, GRID, 12)).copy()).float()
 
     shards, given = make(images, masks)
-    results, _ = run_dense(
-        [encoder("patient", known)], ShardSet(shards), given, Question([], "m", "patient", tmp_path / "d.json", folds=4)
-    )
+    question = Question([], "m", "patient", tmp_path / "d.json", folds=4)
+    results = run_dense(question, [encoder("patient", known)], ShardSet(shards), given)
     assert results["encoders"][0]["metrics"]["dice"]["value"] <= 1 / 3
 
 
@@ -132,7 +131,7 @@ def test_values_are_told_exactly_from_tokens_that_hold_them(make, tmp_path, dtyp
     shards, given = make(blocks.transpose(0, 2, 3, 1).astype(np.uint8), values)
     encoders = [encoder("seen", seen), encoder("noise", noise), encoder("same", lambda t: torch.ones(len(t), 2, 2, 3))]
     question = Question([], "markers", "patient", tmp_path / "d.json", folds=3)
-    results, _ = run_dense(encoders, ShardSet(shards), given, question, Settings(regress=True))
+    results = run_dense(question, encoders, ShardSet(shards), given, regress=True)
     exact, blind, same = (e["metrics"] for e in results["encoders"])
     assert exact["pearson"]["value"] > 0.999999
     assert exact["mae"]["value"] < 1e-3
@@ -154,7 +153,7 @@ def test_what_pretraining_saw_stands_in_the_results(make, tmp_path):
     listed = {"salt": salt, "slides": set(), "patients": {hashed("patients", f"p{p}", salt) for p in (1, 4, 7)}}
     knowing = replace(encoder("seen", seen), seen=Seen((listed,), complete=True, sha256="x"))
     question = Question([], "m", "patient", tmp_path / "d.json", folds=3)
-    results, _ = run_dense([knowing, encoder("unknown", seen)], ShardSet(shards), masks, question)
+    results = run_dense(question, [knowing, encoder("unknown", seen)], ShardSet(shards), masks)
     found = results["encoders"][0]["contamination"]
     assert (found["known"], found["samples"], found["patients"], found["share"]) == (True, 12, 3, 0.25)
     assert any("12) are of" in note and "'seen' saw" in note for note in results["notes"])
@@ -259,7 +258,7 @@ def test_what_makes_no_sense_is_refused_in_one_line(make, tmp_path, monkeypatch)
 
     def refusal(encoders, masks=masks, question=question, **settings):
         with pytest.raises(UserError) as caught:
-            run_dense(encoders, ShardSet(shards), masks, question, Settings(**settings))
+            run_dense(question, encoders, ShardSet(shards), masks, **settings)
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "d.json").exists()
         return str(caught.value)

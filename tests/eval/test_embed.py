@@ -119,6 +119,8 @@ def test_bad_arguments(tiny_shards, tmp_path, capsys):
         (["color", str(tiny_shards), "--out", out, "--batch-size", "0"], "--batch-size 0"),
         (["color", str(tiny_shards), "--out", out, "--device", "abacus"], "no device"),
         (["nothing", str(tiny_shards), "--out", out], "no encoder 'nothing'"),
+        (["color", str(tiny_shards), "--out", out, "--layers", "4"], "--layers is for networks, and 'color' is"),
+        (["color", str(tiny_shards), "--out", out, "--pooling", "mean"], "--pooling is for networks, and 'color' is"),
     ]:
         assert main(["embed", *arguments]) == 2
         assert said in capsys.readouterr().err

@@ -1,5 +1,6 @@
 import shutil
 import threading
+import time
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -140,6 +141,24 @@ def test_what_the_hub_does_not_give_is_one_line_without_the_token(hub, published
             load_encoder(f"hf-hub:{name}")
         assert "\n" not in str(caught.value)
         assert "hf_secret" not in str(caught.value)
+
+
+def test_a_hub_that_falls_silent_in_the_middle_of_a_file_is_one_line(hub, published, monkeypatch):
+    def cut(self, code, headers, body=b""):
+        self.send_response(code)
+        for name, value in (headers | {"Content-Length": str(len(body))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body[: len(body) // 2])
+            self.close_connection = True
+
+    monkeypatch.setattr(Hub, "answer", cut)
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # between attempts
+    with pytest.raises(UserError, match=r"stopped answering .*; run the same command again") as caught:
+        load_encoder("hf-hub:lab/vit")
+    assert "\n" not in str(caught.value)
+    assert "hf_secret" not in str(caught.value)
 
 
 def test_arguments_of_the_cards_give_the_published_sizes():

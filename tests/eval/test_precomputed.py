@@ -109,6 +109,33 @@ def test_content_decides_the_fingerprint_and_the_place_does_not(cohort):
     assert prints[0]["shards"] == prints[2]["shards"]
 
 
+def test_nothing_that_leads_out_of_an_hdf5_file_is_read(cohort):
+    folder, _, _ = cohort
+    file, secret = folder / "uni" / "a.1.h5", folder / "secret.h5"
+    with h5py.File(secret, "w") as other:
+        other["label"] = ["secret"] * 3
+        other["numbers"] = np.arange(3.0)
+    (folder / "bytes").write_bytes(np.arange(3.0).tobytes())
+    with h5py.File(file, "a") as archive:
+        archive["label"] = h5py.ExternalLink(str(secret), "label")
+        archive["site"] = h5py.SoftLink("/label")
+        archive.create_dataset("raw", (3,), "f8", external=[(str(folder / "bytes"), 0, 24)])
+        layout = h5py.VirtualLayout((3,), "f8")
+        layout[:] = h5py.VirtualSource(str(secret), "numbers", (3,))
+        archive.create_virtual_dataset("virtual", layout)
+        archive["grade"] = ["low", "high", "low"]
+    out = folder / "e.safetensors"
+    assert main(["embed", f"precomputed:{file}", "--out", str(out)]) == 0
+    table = read_embeddings(out).table
+    assert list(table["grade"]) == ["low", "high", "low"]
+    assert table.columns.isin(["label", "site", "raw", "virtual"]).sum() == 0
+    with h5py.File(file, "a") as archive:
+        del archive["features"]
+        archive["features"] = h5py.ExternalLink(str(folder / "uni" / "b 2.h5"), "features")
+    with pytest.raises(UserError, match="holds no features"):
+        import_features(file, folder / "f.safetensors")
+
+
 def test_npz_brings_its_columns(tmp_path):
     features = RNG.normal(size=(4, 3)).astype(np.float16)
     names = np.array(["x/1.png", "x/2.png", "y/1.png", "y/2.png"])

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import simplejpeg
 import yaml
+from PIL import Image
 
 from eosin.data_tools.errors import UserError
 from eosin.data_tools.results import read_results
@@ -224,6 +225,71 @@ def test_embeddings_that_exist_need_no_encoders(suite, run, write, cohort):
     assert " 0.500 [" in out
 
 
+@pytest.fixture
+def masks(tiny_shards, tmp_path):
+    """Masks of the tiny shards: two halves, of another share in each tile."""
+    folder = tmp_path / "masks"
+    folder.mkdir()
+    for number, key in enumerate(ShardSet(tiny_shards).table()["key"]):
+        mask = np.ones((64, 64), np.uint8)
+        mask[:, 8 + number :] = 2
+        Image.fromarray(mask).save(folder / f"{key}.png")
+    (folder / "legend.csv").write_text("value,class\n1,left\n2,right\n")
+    return folder
+
+
+def test_dense_probes_say_what_the_single_command_says(suite, run, tiny_shards, masks, tmp_path):
+    tasks = {"places": {"masks": str(masks), "label": None, "probes": [{"dense": {"patches": 300}}]}}
+    code, out, _ = run(suite(**tasks), page=True)
+    assert code == 0
+    command = ["eval", "dense", *ENCODERS, str(tiny_shards), "--masks", str(masks), "--group", "patient"]
+    assert main([*command, "--folds", "2", "--patches", "300", "--out", str(tmp_path / "d.json")]) == 0
+    figures, predictions = read_results(tmp_path / "d.json")
+    found, samples = read_results(tmp_path / "results/results/places/dense.json")
+    assert found == figures
+    pd.testing.assert_frame_equal(samples, predictions)
+    assert found["classes"] == ["left", "right"]
+    assert "places dense" in out
+    assert f"{found['encoders'][1]['metrics']['dice']['value']:.3f} [" in out
+    assert not (tmp_path / "results/embeddings").exists()  # no probe reads any
+    page = (tmp_path / "results/index.html").read_text()
+    assert "tiles, what is true of them, and what the probe of each encoder tells" in page
+    assert "Dice of each class by each encoder" in page
+    assert f"--masks {masks} --patches 300 --group patient --folds 2 --seed 0" in page
+    first = answers(tmp_path / "results")
+    assert run(suite(**tasks))[0] == 0
+    assert answers(tmp_path / "results") == first
+    (masks / "legend.csv").write_text("value,class\n1,west\n2,east\n")
+    assert run(suite(**tasks))[0] == 0
+    assert read_results(tmp_path / "results/results/places/dense.json")[0]["classes"] == ["west", "east"]
+
+
+def test_encoders_without_patch_tokens_are_left_out_of_dense_probes_only(suite, run, masks, tmp_path, monkeypatch):
+    (tmp_path / "blind_one.py").write_text("def plain():\n    return lambda images: images.float().mean((2, 3))\n")
+    monkeypatch.chdir(tmp_path)
+    given = ("color", "blind_one:plain")
+    path = suite(both={"masks": str(masks), "probes": ["dense", {"knn": {"k": [3]}}]})
+    code, _, said = run(path, encoders=given, page=True)
+    assert code == 3
+    both = tmp_path / "results/results/both"
+    assert [e["name"] for e in read_results(both / "dense.json")[0]["encoders"]] == ["color"]
+    assert len(read_results(both / "knn.json")[0]["encoders"]) == 2
+    assert "both: dense of blind_one:plain was left out: 'blind_one:plain' has no patch tokens" in said
+    assert "dense of blind_one:plain was left out" in (tmp_path / "results/index.html").read_text().replace(
+        "&#39;", "'"
+    )
+    code, _, said = run(path, encoders=given[1:])
+    assert (code, "dense was refused: no encoder has patch tokens" in said) == (3, True)
+    assert sorted(p.name for p in both.glob("*.json")) == ["knn.asked.json", "knn.json"]
+
+
+def test_refusals_speak_of_the_suite_s_keys(suite, run):
+    said = run(suite(a={"group": "key"}, b={"folds": 9}), encoders=("color",))[2]
+    assert "or give allow_leak 'REASON'" in said
+    assert "give folds 4 or fewer" in said
+    assert "--" not in said
+
+
 def blood(folder):
     """A few images as PBC has them: two types, in two blocks of numbers each."""
     rng = np.random.default_rng(0)
@@ -274,6 +340,13 @@ def test_nothing_to_do_is_refused_with_how_to_get_the_data(suite, run, tmp_path)
         ({"probes": []}, "tasks.a.probes: [] is not valid: list should have at least 1 item"),
         ({"split": "kfolds"}, "tasks.a.split: 'kfolds' is not valid: input should be 'kfold'"),
         ({"folds": "5"}, "tasks.a.folds: '5' is not valid: input should be a valid integer"),
+        ({"masks": "m"}, "tasks.a: masks are for the probe 'dense', which is not asked"),
+        ({"probes": ["dense"]}, "tasks.a: probe 'dense' needs masks, a folder of annotations"),
+        ({"probes": [{"dense": {"masks": "m"}}]}, "there is no key 'dense.masks'"),
+        (
+            {"data": None, "embeddings": ["e"], "masks": "m", "probes": ["dense"]},
+            "'dense' looks at patch tokens, which",
+        ),
         ({"data": None}, "tasks.a: give either data (a shard set or a public set) or embeddings"),
     ],
 )

@@ -13,6 +13,7 @@ from PIL import Image
 
 from eosin.data_tools.embeddings import read_embeddings
 from eosin.data_tools.errors import TO_BE_CONTINUED, UserError
+from eosin.data_tools.shards import ShardSet
 from eosin.eval import watch as watching
 from eosin.eval.encoders import load_encoder
 from eosin.eval.question import Question
@@ -49,18 +50,25 @@ def test_each_checkpoint_is_evaluated_as_the_single_commands_do(suite, run, tiny
     out = tmp_path / "out"
     assert main(["eval", "suite", str(suite()), "--watch", str(run), "--out", str(out)]) == 0  # 8 is the last step
     rows = rows_of(out)
-    assert [(row["step"], row["variant"]) for row in rows] == [(s, f"k = {k}") for s in (6, 8) for k in (1, 3)]
-    for step in (6, 8):
-        e, r = tmp_path / f"{step}.safetensors", tmp_path / f"{step}.json"
-        assert main(["embed", f"{run}@{step}", str(tiny_shards), "--out", str(e)]) == 0
+    who = [("color", None), ("random", None), (f"{run}@6", 6), (f"{run}@8", 8)]
+    assert [(row["step"], row["variant"]) for row in rows] == [(s, f"k = {k}") for _, s in who for k in (1, 3)]
+    assert [row["teacher"] for row in rows[:4]] == ["color", "color", "random", "random"]
+    for number, (given, _) in enumerate(who):
+        e, r = tmp_path / f"{number}.safetensors", tmp_path / f"{number}.json"
+        encoder = f"random:{run}" if given == "random" else given
+        assert main(["embed", encoder, str(tiny_shards), "--out", str(e)]) == 0
         asked = ["--label", "label", "--group", "patient", "--folds", "2", "--k", "1", "3"]
         assert main(["eval", "knn", str(e), *asked, "--out", str(r)]) == 0
         truth = [known["metrics"]["balanced_accuracy"] for known in json.loads(r.read_text())["encoders"]]
-        assert [{k: row[k] for k in ("value", "low", "high")} for row in rows if row["step"] == step] == truth
+        mine = rows[2 * number : 2 * number + 2]
+        assert [{k: row[k] for k in ("value", "low", "high")} for row in mine] == truth
     means = {step: np.mean([row["value"] for row in rows if row["step"] == step]) for step in (6, 8)}
     best = json.loads((out / "best.json").read_text())
     assert best["step"] == (8 if means[8] > means[6] else 6)
     assert best["value"] == pytest.approx(means[best["step"]])
+    beside = {name: np.mean([row["value"] for row in rows if row["teacher"] == name]) for name in ("color", "random")}
+    assert best["baselines"] == pytest.approx(beside)
+    assert f"color alone {beside['color']:.4f}; random weights {beside['random']:.4f}" in best["why"]
     assert "every sample was scored (kfold), so all data of this task counts as validation" in best["why"]
     assert Image.open(out / "watch.png").width > 500
     assert not (out / "working").exists()
@@ -85,18 +93,19 @@ def test_what_is_there_is_not_evaluated_again_but_what_was_trained_again_is(suit
     watch(asked, run, {}, out, once=True)
     shutil.move(aside, run / "checkpoints/step-00000008")
     watch(asked, run, {}, out, once=True)
-    assert loaded == [f"{run}@6", f"{run}@8"]
+    assert loaded == ["color", f"random:{run}", f"{run}@6", f"{run}@8"]
+    del loaded[:2]
     # After a rewind there are other weights at step 6, and those that led to step 8 are no more.
     rows = rows_of(out)
-    rows[0]["teacher"] = rows[1]["teacher"] = "0" * 64
+    rows[4]["teacher"] = rows[5]["teacher"] = "0" * 64
     (out / "watch.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     watch(asked, run, {}, out, once=True)
     assert loaded == [f"{run}@6", f"{run}@8"] * 2
-    assert [row["step"] for row in rows_of(out)] == [6, 6, 8, 8]
+    assert [row["step"] for row in rows_of(out)] == [None] * 4 + [6, 6, 8, 8]
     # Another question is answered anew, of every checkpoint.
     watch(load_suite(str(suite(probes=["knn"]))), run, {}, out, once=True)
-    assert loaded == [f"{run}@6", f"{run}@8"] * 3
-    assert [(row["step"], row["variant"]) for row in rows_of(out)] == [(6, ""), (8, "")]
+    assert loaded == [*[f"{run}@6", f"{run}@8"] * 2, "color", f"random:{run}", f"{run}@6", f"{run}@8"]
+    assert [(row["step"], row["variant"]) for row in rows_of(out)] == [(None, ""), (None, ""), (6, ""), (8, "")]
     (out / "watch.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match="remove it to evaluate again"):
         watch(asked, run, {}, out, once=True)
@@ -106,13 +115,14 @@ def test_a_checkpoint_that_training_removes_is_passed_over(suite, run, tmp_path,
     real = watching.load_encoder
 
     def late(name, **given):
-        shutil.rmtree(run / "checkpoints/step-00000006", ignore_errors=True)
+        if name.endswith("@6"):
+            shutil.rmtree(run / "checkpoints/step-00000006", ignore_errors=True)
         return real(name, **given)
 
     monkeypatch.setattr(watching, "load_encoder", late)
     best = watch(load_suite(str(suite())), run, {}, tmp_path / "out")
     assert best["step"] == 8
-    assert {row["step"] for row in rows_of(tmp_path / "out")} == {8}
+    assert {row["step"] for row in rows_of(tmp_path / "out")} == {None, 8}
     assert "step 6: removed by the training before it was evaluated" in capsys.readouterr().err
 
 
@@ -149,7 +159,7 @@ def test_the_test_side_is_gone_before_any_probe_looks(suite, write, cohort, tmp_
     assert list(found.table["split"]) == ["test" if p >= 20 else "train" for p in patients if p < 30]
     np.testing.assert_array_equal(found.features, features[patients < 30].astype(np.float32))
     assert (safe.labels, said) == (None, "the val side of 'split' was scored")
-    results = watching.ask(task.probes[0], safe, "cpu")
+    results = watching.ask(task.probes[0], safe, device="cpu")
     assert results["n"] == (sides == "Validation").sum()
 
 
@@ -166,7 +176,7 @@ def test_a_fixed_split_without_a_validation_side_is_refused(suite, write, cohort
 def made(values):
     """Rows of {(step, task, probe, variant): value}."""
     return [
-        {"step": s, "task": t, "probe": p, "variant": v, "value": value, "scored": "val"}
+        {"step": s, "teacher": s, "task": t, "probe": p, "variant": v, "value": value, "scored": "val"}
         for (s, t, p, v), value in values.items()
     ]
 
@@ -209,18 +219,51 @@ def test_it_waits_beside_the_training_stops_on_sigterm_and_ends_with_the_last_st
     said = process.communicate(timeout=60)[1]
     assert process.returncode == TO_BE_CONTINUED
     assert "stopped; the same command goes on" in said
-    assert {row["step"] for row in rows_of(tmp_path / "out")} == {6}
+    assert {row["step"] for row in rows_of(tmp_path / "out")} == {None, 6}
     process = started()
     time.sleep(0.5)
     shutil.move(aside, run / "checkpoints/step-00000008")
     assert "step 6" not in process.communicate(timeout=120)[1]
     assert process.returncode == 0
-    assert {row["step"] for row in rows_of(tmp_path / "out")} == {6, 8}
+    assert {row["step"] for row in rows_of(tmp_path / "out")} == {None, 6, 8}
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_labels_that_changed_are_asked_anew(suite, run, tiny_shards, tmp_path):
+    shards = shutil.copytree(tiny_shards, tmp_path / "shards")
+    asked, out = load_suite(str(suite(data=str(shards)))), tmp_path / "out"
+    watch(asked, run, {}, out, once=True)
+    before = rows_of(out)
+    slides = ShardSet(shards).slides().assign(label=["y", "x", "x", "y"])
+    slides.to_parquet(shards / "slides.parquet", index=False)
+    watch(asked, run, {}, out, once=True)
+    after = rows_of(out)
+    assert len(after) == len(before)
+    assert {row["asked"] for row in after}.isdisjoint(row["asked"] for row in before)
+
+
+def test_a_dense_probe_watches_too(suite, run, tiny_shards, tmp_path):
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for key in ShardSet(tiny_shards).table()["key"]:
+        Image.fromarray(np.repeat([[1, 2]], 32, axis=1).repeat(64, axis=0).astype(np.uint8)).save(masks / f"{key}.png")
+    dense = {"masks": str(masks), "probes": ["dense"], "label": None}
+    assert watch(load_suite(str(suite(**dense))), run, {}, tmp_path / "out", once=True)["step"] in (6, 8)
+    rows = rows_of(tmp_path / "out")
+    assert [(row["step"], row["metric"]) for row in rows] == [(s, "dice") for s in (None, None, 6, 8)]
+    command = ["eval", "dense", f"{run}@8", str(tiny_shards), "--masks", str(masks), "--group", "patient", "--folds"]
+    assert main([*command, "2", "--out", str(tmp_path / "d.json")]) == 0
+    truth = json.loads((tmp_path / "d.json").read_text())["encoders"][0]["metrics"]["dice"]
+    assert {name: rows[-1][name] for name in ("value", "low", "high")} == truth
+    # Masks that changed are another question.
+    Image.fromarray(np.ones((64, 64), np.uint8)).save(next(masks.glob("*.png")))
+    watch(load_suite(str(suite(**dense))), run, {}, tmp_path / "out", once=True)
+    assert {row["asked"] for row in rows_of(tmp_path / "out")}.isdisjoint(row["asked"] for row in rows)
 
 
 def test_mistakes_are_one_line(suite, run, tiny_shards, tmp_path, capsys):
     for task, place, complaint in [
+        ({"split": "fixed", "probes": ["dense"], "masks": "m"}, run, "task 'watched' has a dense probe and a fixed"),
         ({}, tmp_path / "absent", "is not a run"),
         ({"data": None, "embeddings": ["e.safetensors"]}, run, "task 'watched' is of embeddings that exist"),
         ({"split": "fixed"}, run, "no column 'split' for --side"),

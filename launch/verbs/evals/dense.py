@@ -52,11 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the probe; return its exit code."""
-    import sys
-
     from eosin.data_tools.errors import DONE, UserError
     from eosin.data_tools.shards import ShardSet
-    from eosin.eval.dense import MOST_PATCHES, Settings, run_dense
+    from eosin.eval.dense import MOST_PATCHES, run_dense
     from eosin.eval.dense_sheet import sheet_path
     from eosin.eval.describe import describe
     from eosin.eval.encoders import load_encoder, pick_device
@@ -80,10 +78,7 @@ def main(args: argparse.Namespace) -> int:
     shards, device = ShardSet(args.shards), pick_device(args.device)
     encoders = [load_encoder(e, pretrained=args.pretrained, device=device) for e in args.encoders]
     patches = MOST_PATCHES if args.patches is None else args.patches
-    settings = Settings(args.regress, patches, args.tile_size, args.batch_size)
-    results, notices = run_dense(encoders, shards, args.masks, question, settings)
-    for notice in notices:
-        print(f"note: {notice}", file=sys.stderr)
+    results = run_dense(question, encoders, shards, args.masks, args.regress, patches, args.tile_size, args.batch_size)
     print(describe(results))
     print(f"tiles, truth and answers are in {sheet_path(args.out)}")
     return DONE

@@ -40,8 +40,9 @@ def main(args: argparse.Namespace) -> int:
 
     from eosin.data_tools.errors import DONE
     from eosin.data_tools.shards import ShardSet
-    from eosin.eval.annotations import open_annotations, tile_labels, tile_places, write_labels
+    from eosin.eval.annotations import open_annotations, refuse_other_file, tile_labels, tile_places, write_labels
 
+    refuse_other_file(args.out)
     table = tile_places(ShardSet(args.shards), args.tile_size)
     annotations, notices = open_annotations(args.annotations, table)
     labels, shares = tile_labels(annotations, args.cover)
