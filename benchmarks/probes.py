@@ -7,7 +7,8 @@
 Both sides answer the same question of the same made-up features, and their answers are compared before anything is
 printed: features are drawn around a center a class, with variances of the principal axes that fall by a power law, as
 embeddings' do. A row says seconds (median and range), the ratio of medians, and how the answers agree; it belongs in
-docs/benchmarks.md. DINOv2's routine is the class KnnModule of a checkout of facebookresearch/dinov2, run as it stands.
+docs/benchmarks.md. DINOv2's routine is the class KnnModule of a checkout of facebookresearch/dinov2, and UNI's the
+function eval_fewshot of one of mahmoodlab/UNI (UNI_CHECKOUT), run as they stand.
 """
 
 import argparse
@@ -20,7 +21,6 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 
 import ast
 import datetime
-import platform
 import shlex
 import statistics
 import tempfile
@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from machine import machine
 from torch.nn.functional import normalize, one_hot, softmax
 
 from eosin.eval.fewshot import draw_episodes, episode_scores, simpleshot
@@ -38,6 +39,8 @@ from eosin.eval.logistic import Scale, logistic_path
 from eosin.ssl.metrics import knn_probabilities
 
 KS = (10, 20, 100, 200)
+EPISODES = "1,000 SimpleShot episodes, 4 shots, {} classes, 1,000 queries of {:,}"
+Sides = tuple[np.ndarray, np.ndarray]
 
 
 class Case(NamedTuple):
@@ -119,8 +122,29 @@ def knn_dinov2(rows: int, dimension: int, classes: int) -> Case:
     return _knn_case(bank, queries, labels, classes, "DINOv2's KnnModule", theirs)
 
 
+def simpleshot_uni(rows: int, dimension: int, classes: int) -> Case:
+    """1,000 episodes of 4 shots, 1,000 queries, against UNI's eval_fewshot, which draws others and has four metrics."""
+    sys.path.insert(0, os.environ.get("UNI_CHECKOUT") or sys.exit("simpleshot-uni needs UNI_CHECKOUT"))
+    from uni.downstream.eval_patch_features.fewshot import eval_fewshot
+
+    (support, labels), (queries, truth), ours = _episodes(rows, dimension, classes)
+
+    def theirs() -> np.ndarray:
+        given = [torch.from_numpy(part) for part in (support, labels, queries, truth)]
+        # More queries a class than there are: all of them.
+        return eval_fewshot(*given, n_iter=1000, n_shot=4, n_query=len(truth) + 1)[0]["Kw4s_bacc"].to_numpy()
+
+    def agree(found: np.ndarray, expected: np.ndarray) -> str:
+        gap, error = found.mean() - expected.mean(), np.sqrt((found.var() + expected.var()) / len(found))
+        if abs(gap) > 4 * error:
+            sys.exit(f"mean balanced accuracies differ by {gap:.2g}, with a standard error of {error:.2g}")
+        return f"balanced accuracy {found.mean():.4f} and {expected.mean():.4f}, each over episodes of its own"
+
+    return Case(EPISODES.format(classes, dimension), "UNI's eval_fewshot", ours, theirs, agree)
+
+
 def simpleshot_loop(rows: int, dimension: int, classes: int) -> Case:
-    """1,000 episodes of 4 shots, 1,000 queries, against a loop over them that measures distances by broadcasting."""
+    """The same against a loop that does no more than it must, and measures distances by broadcasting, as UNI's."""
 
     def distances(asked: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         return (asked[:, None] - classes[None]).norm(dim=2)
@@ -137,6 +161,7 @@ CASES = {
     "logistic": (logistic, (100_000, 1024, 100)),
     "knn-scikit": (knn_scikit, (100_000, 1024, 100)),
     "knn-dinov2": (knn_dinov2, (100_000, 1024, 100)),
+    "simpleshot-uni": (simpleshot_uni, (10_000, 1024, 9)),
     "simpleshot": (simpleshot_loop, (10_000, 1024, 9)),
     "simpleshot-cdist": (simpleshot_cdist, (10_000, 1024, 9)),
 }
@@ -171,10 +196,9 @@ def row(case: Case, args: argparse.Namespace) -> str:
             seconds[side].append(time.perf_counter() - began)
     ours, theirs = (f"{statistics.median(s):.3g} s [{min(s):.3g}–{max(s):.3g}]" for s in seconds)
     ratio = f"{statistics.median(seconds[1]) / statistics.median(seconds[0]):.2f}"
-    machine = f"{_processor()}, {args.threads} thread{'s' * (args.threads > 1)}"
     command = f"`python benchmarks/probes.py {shlex.join(sys.argv[1:])}`"
-    cells = [case.work, case.peer, ours, theirs, ratio, case.agree(*answers), machine, f"{datetime.date.today()}"]
-    return f"| {' | '.join([*cells, command])} |"
+    cells = [case.work, case.peer, ours, theirs, ratio, case.agree(*answers), machine(args.threads)]
+    return f"| {' | '.join([*cells, f'{datetime.date.today()}', command])} |"
 
 
 def features_of(rows: int, dimension: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -208,17 +232,24 @@ def _knn_case(bank, queries, labels, classes: int, peer: str, theirs: Callable[[
     return Case(f"{work}, {classes} classes", peer, ours, theirs, agree)
 
 
-def _simpleshot_case(
-    rows: int, dimension: int, classes: int, peer: str, distances: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-) -> Case:
-    from sklearn.metrics import balanced_accuracy_score
-
+def _episodes(rows: int, dimension: int, classes: int) -> tuple[Sides, Sides, Callable[[], np.ndarray]]:
+    """Support and queries with their labels, and our side: the balanced accuracy of each episode."""
     support, labels = features_of(rows, dimension, classes)
     queries, truth = features_of(1000, dimension, classes, seed=1)
 
     def ours() -> np.ndarray:
         episodes = draw_episodes(labels, classes, 4, 1000, seed=0)
         return episode_scores(simpleshot(queries, support, episodes), truth)[1]
+
+    return (support, labels), (queries, truth), ours
+
+
+def _simpleshot_case(
+    rows: int, dimension: int, classes: int, peer: str, distances: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> Case:
+    from sklearn.metrics import balanced_accuracy_score
+
+    (support, labels), (queries, truth), ours = _episodes(rows, dimension, classes)
 
     def theirs() -> np.ndarray:
         asked, pool = torch.from_numpy(queries), torch.from_numpy(support)
@@ -237,8 +268,7 @@ def _simpleshot_case(
             sys.exit(f"balanced accuracies differ by {gap:.2g}")
         return f"balanced accuracy of each episode within {gap:.1g}"
 
-    work = f"1,000 SimpleShot episodes, 4 shots, {classes} classes, 1,000 queries of {dimension:,}"
-    return Case(work, peer, ours, theirs, agree)
+    return Case(EPISODES.format(classes, dimension), peer, ours, theirs, agree)
 
 
 def _dinov2_module() -> Any:
@@ -261,14 +291,6 @@ def _dinov2_module() -> Any:
     store = Path(tempfile.mkdtemp()) / "store"
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     return names["KnnModule"]
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 
 import argparse
 import datetime
-import platform
 import statistics
 import sys
 import tempfile
@@ -25,6 +24,8 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
+from machine import machine
 
 
 class Case(NamedTuple):
@@ -291,35 +292,6 @@ def training(ready: bool, drop_path: float) -> Iterator[Case]:
     torch.set_num_threads(1)
 
 
-@contextmanager
-def knn() -> Iterator[Case]:
-    """Weighted kNN with four values of k, 500 queries in 20,000 features of 384, against scikit-learn."""
-    import numpy as np
-    from sklearn.neighbors import KNeighborsClassifier
-
-    from eosin.ssl.metrics import knn_probabilities
-
-    rng = np.random.default_rng(0)
-    bank, queries = (rng.standard_normal((n, 384)).astype(np.float32) for n in (20_000, 500))
-    labels = rng.integers(0, 9, len(bank))
-    ks = (10, 20, 100, 200)
-
-    def theirs() -> None:
-        for k in ks:
-            model = KNeighborsClassifier(
-                k, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07)
-            )
-            model.fit(bank, labels).predict_proba(queries)
-
-    yield Case(
-        "kNN, k = 10, 20, 100, 200",
-        _version("scikit-learn", "brute force, cosine"),
-        len(queries),
-        lambda: knn_probabilities(queries, bank, labels, 9, ks),
-        theirs,
-    )
-
-
 CASES = {
     "read": read,
     "decode": decode,
@@ -334,7 +306,6 @@ CASES = {
     "stain-gpu": stain_gpu,
     "randstainna": randstainna,
     "crops": crops,
-    "knn": knn,
     "step-cpu": partial(training, ready=False, drop_path=0.1),
     "step-cpu-ready": partial(training, ready=True, drop_path=0.1),
     "step-cpu-dropping": partial(training, ready=False, drop_path=0.3),
@@ -362,10 +333,13 @@ def compare(case: Case, runs: int) -> tuple[list[float], list[float]]:
 
 def row(case: Case, rates: tuple[list[float], list[float]], command: str) -> str:
     """The comparison as a row of docs/benchmarks.md."""
+    import torch
+
     digits = 0 if min(map(min, rates)) >= 100 else 1
     ours, theirs = (f"{statistics.median(r):,.{digits}f}/s [{min(r):,.{digits}f}–{max(r):,.{digits}f}]" for r in rates)
     ratio = statistics.median(rates[0]) / statistics.median(rates[1])
-    cells = [case.work, case.peer, ours, theirs, f"{ratio:.2f}", _machine(), f"{datetime.date.today()}", f"`{command}`"]
+    cells = [case.work, case.peer, ours, theirs, f"{ratio:.2f}", machine(torch.get_num_threads())]
+    cells += [f"{datetime.date.today()}", f"`{command}`"]
     return f"| {' | '.join(cells)} |"
 
 
@@ -488,17 +462,6 @@ def _version(package: str, note: str) -> str:
     from importlib.metadata import version
 
     return f"{package} {version(package)} ({note})"
-
-
-def _machine() -> str:
-    name = platform.processor() or platform.machine()
-    cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text(encoding="utf-8").splitlines() if cpu.exists() else []
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    import torch
-
-    threads = torch.get_num_threads()
-    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from eosin.eval.task import Task
 Form = Literal["uni", "thunder"]
 SHOTS = (1, 2, 4, 8, 16, 32)
 EPISODES, MOST_EPISODES = 1000, 100_000
-CHUNK = 1 << 22  # numbers in a chunk of episodes: of samples drawn, and of scores
+CHUNK = 1 << 21  # numbers in a chunk of episodes: of samples drawn, and of scores
 
 
 def run_fewshot(
@@ -188,7 +188,7 @@ def simpleshot(
                 scores.sub_(shift[..., None]).addcmul_(length[:, None], half[..., None], value=-1)
             else:
                 scores.sub_(shift[..., None])
-            said[first : first + step, low : low + block] = scores.argmax(dim=1).cpu().numpy()
+            said[first : first + step, low : low + block] = scores.max(dim=1).indices.cpu().numpy()
     return said
 
 
