@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Runs benchmarks/gpu_step.py on a GPU machine that reaches no package registry, in one call.
+# Runs benchmarks/gpu_step.py and the probes' on a GPU machine that reaches no package registry, in one call.
 #
 #   where there is a registry:   benchmarks/gpu.sh gather WHEELS            (60 MB; Python 3.12, or PYTHON_VERSION)
 #   on the GPU machine:          DINOV2_CHECKOUT=dinov2 benchmarks/gpu.sh run WHEELS OUT [options of gpu_step.py]
 #
 # The machine brings torch, torchvision, timm and NumPy. Eosin is used from this checkout, not installed. OUT gets
-# gpu.json, the rows in rows.md, the versions in packages.txt; install.log says what could not be installed, which does
+# gpu.json, the rows in rows.md and probes.md, the versions in packages.txt; install.log says what could not be installed, which does
 # not stop the rest.
 set -euo pipefail
 
-requirements=(pydantic omegaconf opencv-python-headless tqdm fvcore iopath torchstain xformers)
+requirements=(pydantic omegaconf opencv-python-headless tqdm fvcore iopath torchstain xformers scikit-learn pandas)
 root=$(cd "$(dirname "$0")/.." && pwd)
 
 case "${1:-}" in
@@ -42,8 +42,10 @@ run)
     trap 'rm -rf "$package"' EXIT
     mkdir "$package/eosin"
     for room in configs data_tools ssl eval launch; do ln -s "$root/$room" "$package/eosin/$room"; done
-    PYTHONPATH="$package" python3 "$root/benchmarks/gpu_step.py" --out "$out/gpu.json" "$@" 2>"$out/errors.log" |
-        tee "$out/rows.md"
+    export PYTHONPATH="$package"
+    python3 "$root/benchmarks/gpu_step.py" --out "$out/gpu.json" "$@" 2>"$out/errors.log" | tee "$out/rows.md"
+    python3 "$root/benchmarks/probes.py" --device cuda knn-dinov2 knn-scikit simpleshot simpleshot-cdist logistic \
+        2>"$out/probes.log" | tee "$out/probes.md"
     ;;
 *)
     echo "usage: benchmarks/gpu.sh gather WHEELS | run WHEELS OUT [options of gpu_step.py]" >&2

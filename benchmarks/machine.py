@@ -4,9 +4,14 @@ import platform
 from pathlib import Path
 
 
-def machine(threads: int) -> str:
-    """The processor's name and how many threads were used."""
+def machine(threads: int, device: str = "cpu") -> str:
+    """The processor's name and how many threads were used, and the GPU's name where one was."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     named = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return f"{next(named, platform.processor() or platform.machine())}, {threads} thread{'s' * (threads > 1)}"
+    gpu = ""
+    if device != "cpu":
+        import torch
+
+        gpu = f"{torch.cuda.get_device_name(device)}, "
+    return f"{gpu}{next(named, platform.processor() or platform.machine())}, {threads} thread{'s' * (threads > 1)}"

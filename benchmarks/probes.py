@@ -3,6 +3,7 @@
     python benchmarks/probes.py                              full sizes: an hour or so on two cores, 3 GB of memory
     python benchmarks/probes.py logistic --size 20000 512 50
     DINOV2_CHECKOUT=checkout python benchmarks/probes.py knn-dinov2
+    DINOV2_CHECKOUT=checkout python benchmarks/probes.py --device cuda       the peers too, but scikit-learn and UNI
 
 Both sides answer the same question of the same made-up features, and their answers are compared before anything is
 printed: features are drawn around a center a class, with variances of the principal axes that fall by a power law, as
@@ -15,7 +16,12 @@ import argparse
 import os
 import sys
 
-THREADS = sys.argv[sys.argv.index("--threads") + 1] if "--threads" in sys.argv[:-1] else "2"
+
+def _given(option: str, default: str) -> str:
+    return sys.argv[sys.argv.index(option) + 1] if option in sys.argv[:-1] else default
+
+
+THREADS, DEVICE = _given("--threads", "2"), _given("--device", "cpu")
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[variable] = THREADS
 
@@ -81,7 +87,7 @@ def logistic(rows: int, dimension: int, classes: int) -> Case:
     return Case(
         f"logistic regression, {rows:,} × {dimension:,} × {classes} classes, C = 1",
         f"scikit-learn {sklearn.__version__} (lbfgs, float32)",
-        lambda: next(logistic_path(features, labels, [1.0])),
+        lambda: next(logistic_path(features, labels, [1.0], device=DEVICE)),
         lambda: LogisticRegression(max_iter=10_000).fit(features, labels),
         agree,
     )
@@ -112,12 +118,12 @@ def knn_dinov2(rows: int, dimension: int, classes: int) -> Case:
     bank, queries, labels = _sides(rows, dimension, classes)
 
     def theirs() -> np.ndarray:
-        unit, asked = (normalize(torch.from_numpy(side), dim=1) for side in (bank, queries))
-        knn = module(unit, torch.from_numpy(labels), list(KS), 0.07, "cpu", classes)
+        unit, asked = (normalize(torch.from_numpy(side).to(DEVICE), dim=1) for side in (bank, queries))
+        knn = module(unit, torch.from_numpy(labels).to(DEVICE), list(KS), 0.07, DEVICE, classes)
         with torch.no_grad():
             parts = [knn(part) for part in asked.split(256)]
         votes = torch.stack([torch.cat([part[k] for part in parts]) for k in KS])
-        return (votes / votes.sum(dim=2, keepdim=True)).numpy()
+        return (votes / votes.sum(dim=2, keepdim=True)).cpu().numpy()
 
     return _knn_case(bank, queries, labels, classes, "DINOv2's KnnModule", theirs)
 
@@ -174,6 +180,7 @@ def main() -> None:
     parser.add_argument("--size", nargs=3, type=int, metavar=("ROWS", "DIMENSION", "CLASSES"), help="other than full")
     parser.add_argument("--runs", type=int, default=5, help="timed runs of each side (default: 5)")
     parser.add_argument("--threads", type=int, default=2, help="of both sides (default: 2)")
+    parser.add_argument("--device", default="cpu", help="of ours, and of the peers that can (default: cpu)")
     args = parser.parse_args()
     if unknown := sorted(set(args.names) - set(CASES)):
         sys.exit(f"there is no comparison '{unknown[0]}'; valid: {', '.join(CASES)}")
@@ -197,7 +204,7 @@ def row(case: Case, args: argparse.Namespace) -> str:
     ours, theirs = (f"{statistics.median(s):.3g} s [{min(s):.3g}–{max(s):.3g}]" for s in seconds)
     ratio = f"{statistics.median(seconds[1]) / statistics.median(seconds[0]):.2f}"
     command = f"`python benchmarks/probes.py {shlex.join(sys.argv[1:])}`"
-    cells = [case.work, case.peer, ours, theirs, ratio, case.agree(*answers), machine(args.threads)]
+    cells = [case.work, case.peer, ours, theirs, ratio, case.agree(*answers), machine(args.threads, DEVICE)]
     return f"| {' | '.join([*cells, f'{datetime.date.today()}', command])} |"
 
 
@@ -228,7 +235,7 @@ def _knn_case(bank, queries, labels, classes: int, peer: str, theirs: Callable[[
         return f"{same:.2%} of probabilities within 1e-4"
 
     work = f"kNN, k = {', '.join(map(str, KS))}, {len(queries):,} queries in {len(bank):,} × {bank.shape[1]:,}"
-    ours = lambda: knn_probabilities(queries, bank, labels, classes, KS)  # noqa: E731
+    ours = lambda: knn_probabilities(queries, bank, labels, classes, KS, device=DEVICE)  # noqa: E731
     return Case(f"{work}, {classes} classes", peer, ours, theirs, agree)
 
 
@@ -239,7 +246,7 @@ def _episodes(rows: int, dimension: int, classes: int) -> tuple[Sides, Sides, Ca
 
     def ours() -> np.ndarray:
         episodes = draw_episodes(labels, classes, 4, 1000, seed=0)
-        return episode_scores(simpleshot(queries, support, episodes), truth)[1]
+        return episode_scores(simpleshot(queries, support, episodes, device=DEVICE), truth)[1]
 
     return (support, labels), (queries, truth), ours
 
@@ -252,14 +259,14 @@ def _simpleshot_case(
     (support, labels), (queries, truth), ours = _episodes(rows, dimension, classes)
 
     def theirs() -> np.ndarray:
-        asked, pool = torch.from_numpy(queries), torch.from_numpy(support)
+        asked, pool = (torch.from_numpy(side).to(DEVICE) for side in (queries, support))
         scores = []
-        for episode in torch.from_numpy(draw_episodes(labels, classes, 4, 1000, seed=0)):
+        for episode in torch.from_numpy(draw_episodes(labels, classes, 4, 1000, seed=0)).to(DEVICE):
             drawn = pool[episode]  # [K, S, D]
             mean = drawn.mean(dim=(0, 1))
             means = normalize(drawn - mean, dim=2).mean(dim=1)
             said = distances(normalize(asked - mean, dim=1), means).argmin(dim=1)
-            scores.append(balanced_accuracy_score(truth, said.numpy()))
+            scores.append(balanced_accuracy_score(truth, said.cpu().numpy()))
         return np.array(scores)
 
     def agree(found: np.ndarray, expected: np.ndarray) -> str:
