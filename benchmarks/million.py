@@ -1,6 +1,6 @@
 """A million embeddings of 1,024 numbers through `eosin eval knn` and `eosin eval linear`: the memory that each needs.
 
-    python benchmarks/million.py --folder FOLDER                 4 GB of disk, some ten minutes on two cores
+    python benchmarks/million.py --folder FOLDER                 4 GB of disk, half an hour on two cores
     python benchmarks/million.py --folder FOLDER --rows 100000   less of it
 
 Ten classes in 1,000 made-up patients; 10,000 rows are scored and the others are learned from. Each verb is a process of

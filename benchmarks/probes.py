@@ -1,6 +1,6 @@
 """Time the probes of eosin.eval beside what people run today, in one process, by turns, and print a row a comparison.
 
-    python benchmarks/probes.py                              full sizes: an hour or so on two cores, 3 GB of memory
+    python benchmarks/probes.py                              full sizes: half an hour on two cores, 5 GB of memory
     python benchmarks/probes.py logistic --size 20000 512 50
     DINOV2_CHECKOUT=checkout python benchmarks/probes.py knn-dinov2
     DINOV2_CHECKOUT=checkout python benchmarks/probes.py --device cuda       the peers too, but scikit-learn and UNI
