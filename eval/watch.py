@@ -150,10 +150,12 @@ def pick(rows: Sequence[Row]) -> Row | None:
         return None
     best = max(means, key=lambda step: means[step])  # the first of equal ones
     baselines = means_of("teacher", BASELINES)
-    scored = {row["task"]: row["scored"] for row in answered}
+    scored: dict[str, dict[str, None]] = {}  # what was scored -> the tasks
+    for row in answered:
+        scored.setdefault(row["scored"], {})[row["task"]] = None
     why = [f"highest mean of the primary metrics on validation, {means[best]:.4f}, of {len(means)} checkpoints"]
     why += [f"{BASELINES[name]} {mean:.4f}" for name, mean in baselines.items()]
-    why += [f"{task}: {what}" for task, what in scored.items()]
+    why += [f"{', '.join(tasks)}: {what}" for what, tasks in scored.items()]
     known = {"means": {str(s): m for s, m in means.items()}, "baselines": baselines}
     return {"step": best, "value": means[best], "why": "; ".join(why)} | known
 
@@ -201,7 +203,7 @@ def validation(task: Task, question: Question, folder: Path) -> tuple[Question, 
 def of_all(task: Task) -> str:
     """What a split that is not fixed scores, in words."""
     return (
-        f"every sample was scored ({task.split}), so all data of this task counts as validation: a figure on it is "
+        f"every sample was scored ({task.split}), so all data of it counts as validation: a figure on it is "
         "not independent of this choice"
     )
 
@@ -300,6 +302,7 @@ def draw(rows: Sequence[Row], best: int | None, path: Path) -> None:
     """Draw the primary metric of each task and probe against steps, with intervals, chance and the pick."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     from eosin.eval.report.plots import CATEGORIES, DPI, GRAY, INK, STYLE
 
@@ -340,5 +343,6 @@ def draw(rows: Sequence[Row], best: int | None, path: Path) -> None:
             axes.set_title(f"{task}; dashed: random weights; dash-dotted: color alone; dotted: chance; 95 % intervals")
             axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
         axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         with atomic_path(path) as temporary:
             figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})

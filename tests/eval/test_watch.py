@@ -69,7 +69,7 @@ def test_each_checkpoint_is_evaluated_as_the_single_commands_do(suite, run, tiny
     beside = {name: np.mean([row["value"] for row in rows if row["teacher"] == name]) for name in ("color", "random")}
     assert best["baselines"] == pytest.approx(beside)
     assert f"color alone {beside['color']:.4f}; random weights {beside['random']:.4f}" in best["why"]
-    assert "every sample was scored (kfold), so all data of this task counts as validation" in best["why"]
+    assert "every sample was scored (kfold), so all data of it counts as validation" in best["why"]
     assert Image.open(out / "watch.png").width > 500
     assert not (out / "working").exists()
     assert f"picked: step {best['step']}" in capsys.readouterr().out
