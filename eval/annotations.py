@@ -387,7 +387,8 @@ def _read_values(path: Path, shape: tuple[int, int], size: tuple[int, int]) -> t
     expected = height * size[0] / size[1]
     if abs(width - expected) > max(given_masks.ASPECT_TOLERANCE * expected, 1):
         raise Refusal(
-            f"{width} x {height} pixels, another aspect ratio than the {size[0]} x {size[1]} of what it is of"
+            f"{width} x {height} pixels, another shape than what it is of ({size[0]} x {size[1]}); a mask covers all "
+            "of its tile or slide"
         )
     if pixels.ndim == 2:
         if pixels.min() < 0 or pixels.max() > LARGEST_VALUE:

@@ -22,7 +22,7 @@ from eosin.data_tools.embeddings import Embeddings
 from eosin.data_tools.errors import UserError, nearest
 from eosin.data_tools.shards import ShardSet
 from eosin.eval import contamination, dense_data, linear
-from eosin.eval.annotations import IGNORED, Annotations, open_annotations, tile_places
+from eosin.eval.annotations import IGNORED, LEGEND, Annotations, open_annotations, tile_places
 from eosin.eval.dense_scores import class_values, value_values
 from eosin.eval.encoders import Encoder
 from eosin.eval.frame import Row, clusters_of, leaks_and_reason, refuse_foreign, write_frame
@@ -147,7 +147,10 @@ def _ground(
     good = dense_data.readable(shards, tiles)
     left_out["an image that cannot be read"] = int((~good).sum())
     tiles = tiles[good]
-    nothing = UserError(f"no tile of {shards.name} lies under an annotation of {masks} and has a group")
+    nothing = UserError(
+        f"no tile of {shards.name} lies under an annotation of {masks} and has a group"
+        + (f"; see which values its {LEGEND} names" if annotations.legend else "")
+    )
     if not len(tiles):
         raise nothing
     if regress:

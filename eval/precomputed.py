@@ -129,6 +129,8 @@ def _read(file: Path) -> tuple[dict[str, np.ndarray], float]:
 
             return _arrays(load_file(file)), np.nan
         return _read_torch(file) if kind in (".pt", ".pth") else _read_hdf5(file)
+    except UserError:
+        raise
     except Exception as error:  # each library has errors of its own for a broken file
         text = " ".join(str(error).split()).split(". ")[0][:120] or type(error).__name__
         raise UserError(f"{file} is not readable as {kind[1:]} without unpickling: {text}") from None
@@ -155,7 +157,10 @@ def _read_hdf5(file: Path) -> tuple[dict[str, np.ndarray], float]:
         # A link or a dataset may lead to other files, which the user did not give.
         own = [name for name in archive if isinstance(archive.get(name, getlink=True), h5py.HardLink)]
         data = {name: archive[name] for name in own if isinstance(archive[name], h5py.Dataset)}
-        data = {name: d for name, d in data.items() if not (d.is_virtual or d.external)}
+        led = (set(archive) - set(own)) | {name for name, d in data.items() if d.is_virtual or d.external}
+        data = {name: d for name, d in data.items() if name not in led}
+        if led & set(FEATURES) and not data.keys() & set(FEATURES):
+            raise UserError(f"{file}: its features lie elsewhere, behind a link that is not followed; copy them in")
         # Beside features and places a column is one value a row.
         data = {name: d for name, d in data.items() if name in (*FEATURES, COORDS) or d.ndim == 1}
         attributes = dict(archive.attrs) | {k: v for d in data.values() for k, v in d.attrs.items()}

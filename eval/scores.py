@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # Below this many clusters the results warn of the whole, and of a subgroup.
 FEW_CLUSTERS, FEW_IN_SUBGROUP = 20, 10
+MOST_LISTED = 8
 # Means over samples, so that their means over episodes follow from how many episodes are right of each sample.
 OF_EPISODES = (PRIMARY, "accuracy")
 
@@ -190,13 +191,19 @@ def notes(samples: Samples, split: dict[str, Any], subgroups: dict[str, list[dic
         elif share:
             lines.append(f"Class '{c}' is missing from {100 * share:.1f} % of the draws, whose means leave it out.")
     for column, rows in subgroups.items():
-        few = ", ".join(f"{r['value'] or 'not given'} ({r['clusters']})" for r in rows if r["few_clusters"])
+        few = _listed([f"{r['value'] or 'not given'} ({r['clusters']})" for r in rows if r["few_clusters"]], ", ")
         if few:
             lines.append(f"By {column}, fewer than {FEW_IN_SUBGROUP} clusters: {few}; intervals are too narrow.")
         lacking = [f"{r['value'] or 'not given'} has no '{c}'" for r in rows for c in r["lacks"]]
         if lacking:
-            lines.append(f"By {column}, means over classes leave out what is missing: {'; '.join(lacking)}.")
+            lines.append(f"By {column}, means over classes leave out what is missing: {_listed(lacking, '; ')}.")
     return lines
+
+
+def _listed(parts: list[str], between: str) -> str:
+    """The first of many, and how many more there are."""
+    more = [f"and {len(parts) - MOST_LISTED} more"] if len(parts) > MOST_LISTED else []
+    return between.join([*parts[:MOST_LISTED], *more])
 
 
 def _overall(samples: Samples, tallies: list[Tally]) -> dict[str, np.ndarray]:

@@ -46,6 +46,7 @@ from eosin.eval.suite_file import DENSE, PROBES, Suite, Task, as_keys, function_
 
 DESCRIPTION = "dataset.json"  # what a shard set has
 SUITE, LOCK = "suite.yaml", ".lock"
+COMPARED, WATCHED = "suite.json", "watch.jsonl"
 
 
 @dataclass
@@ -91,7 +92,7 @@ def run_suite(
         )
     options = suite.embedding.model_dump()
     loaded = {given: load_encoder(given, device=device, **options).name for given in dict.fromkeys(encoders)}
-    with held(out, suite):
+    with held(out, suite, other=WATCHED):
         return _run(suite, loaded, find_data(suite, data, out), out, device, batch_size)
 
 
@@ -133,7 +134,7 @@ def _run(
             outcome.tasks.append(done)
             said = "; ".join([f"{len(done.results)} result{'s' * (len(done.results) != 1)}", *done.refusals])
         print(f"task {number}/{len(suite.tasks)} {name}: {said}", file=sys.stderr, flush=True)
-    write_json(out / "suite.json", _described(suite, list(loaded), outcome, out))
+    write_json(out / COMPARED, _described(suite, list(loaded), outcome, out))
     write_comparison(out / "index.html", suite.name, outcome.tasks)
     return outcome
 
@@ -166,13 +167,15 @@ def run_task(
                 fingerprints = [read_embeddings(path).encoder for path in done.embeddings]
                 files = [{"sha256": sha256(path)} for path in given]
             asked = _asked(probe, question, fingerprints, files)
+            if not _answered(path, asked) and _answered(_earlier(path), asked):
+                _move(_earlier(path), path)
             if not _answered(path, asked):
-                _remove(path)
+                _move(path, _earlier(path))
                 ask(probe, question, **more)
                 write_json(_asked_path(path), asked)
             done.results.append(path)
         except UserError as error:
-            _remove(path)
+            _move(path, _earlier(path))
             done.refused.append((name_of(probe), as_keys(str(error))))
 
 
@@ -286,12 +289,18 @@ def table(tasks: Sequence[TaskDone]) -> list[list[str]]:
 
 
 @contextlib.contextmanager
-def held(out: Path, suite: Suite) -> Iterator[None]:
+def held(out: Path, suite: Suite, other: str) -> Iterator[None]:
     """Hold the folder of results, with the suite written into it, so that no other process works there.
+
+    Args:
+        other: a file of what else a suite may be run for, COMPARED or WATCHED; its folder is another.
 
     Raises UserError where ``out`` is a file or holds something else, and where another process holds it.
     """
     there = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if other in there:
+        what = "what a run was watched for" if other == WATCHED else "a comparison of encoders"
+        raise UserError(f"{out} holds {what} ({other}); give another --out")
     if out.is_file() or (there - {LOCK} and SUITE not in there):
         raise UserError(f"{out} exists and holds no suite's results; give another --out")
     out.mkdir(parents=True, exist_ok=True)
@@ -341,6 +350,26 @@ def _answered(path: Path, asked: dict[str, Any]) -> bool:
 
 def _asked_path(path: Path) -> Path:
     return path.with_suffix(".asked.json")
+
+
+def _earlier(path: Path) -> Path:
+    """Where the answer before is kept, out of sight: masks on a disk that was away for a day cost nothing anew."""
+    return path.parent / ".earlier" / path.name
+
+
+def _move(path: Path, to: Path) -> None:
+    """Move results and what lies beside them. Without their question meanwhile, so that a kill leaves nothing whole."""
+    try:
+        asked = read_json(_asked_path(path), "a question")
+    except UserError:
+        _remove(path)
+        return
+    _remove(to)
+    to.parent.mkdir(exist_ok=True)
+    _asked_path(path).unlink()
+    for file in path.parent.glob(f"{path.stem}.*"):
+        file.replace(to.parent / file.name)
+    write_json(_asked_path(to), asked)
 
 
 def _remove(path: Path) -> None:

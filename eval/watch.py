@@ -33,14 +33,14 @@ from eosin.eval.embed import data_fingerprint
 from eosin.eval.encoders import load_encoder
 from eosin.eval.question import Question
 from eosin.eval.splits import SYNONYMS
-from eosin.eval.suite import ask, embedded, find_data, held, question_of, slugs
+from eosin.eval.suite import COMPARED, WATCHED, ask, embedded, find_data, held, question_of, slugs
 from eosin.eval.suite_dense import files_of, masks_folder, sight_of
 from eosin.eval.suite_file import DENSE, Suite, Task, as_keys, name_of
 from eosin.eval.task import column_of, load_task
 from eosin.ssl import checkpoint
 from eosin.ssl.config import read_run_config
 
-ROWS, CURVES, BEST = "watch.jsonl", "watch.png", "best.json"
+CURVES, BEST = "watch.png", "best.json"
 BASELINES = {"color": "color alone", "random": "random weights"}  # rows of no step
 STYLES = {"color": "-.", "random": "--"}
 Row = dict[str, Any]
@@ -76,7 +76,7 @@ def watch(
                 f"task '{name}' has a dense probe and a fixed split, whose side 'val' such a probe cannot score; "
                 "give it split: kfold, on data that serves for nothing else"
             )
-    with held(out, suite):
+    with held(out, suite, other=COMPARED):
         places = find_data(suite, data, out)
         asked = _asked(suite, places)
         rows = [row for row in read_rows(out) if row["asked"] == asked]
@@ -154,15 +154,24 @@ def pick(rows: Sequence[Row]) -> Row | None:
     for row in answered:
         scored.setdefault(row["scored"], {})[row["task"]] = None
     why = [f"highest mean of the primary metrics on validation, {means[best]:.4f}, of {len(means)} checkpoints"]
-    why += [f"{BASELINES[name]} {mean:.4f}" for name, mean in baselines.items()]
+    why += [
+        f"{BASELINES[name]} {mean:.4f}" + ", above every checkpoint" * (mean > means[best])
+        for name, mean in baselines.items()
+    ]
+    why += [f"not answered, and not in the mean: {', '.join(missing)}"] if (missing := unanswered(rows)) else []
     why += [f"{', '.join(tasks)}: {what}" for what, tasks in scored.items()]
     known = {"means": {str(s): m for s, m in means.items()}, "baselines": baselines}
     return {"step": best, "value": means[best], "why": "; ".join(why)} | known
 
 
+def unanswered(rows: Sequence[Row]) -> list[str]:
+    """The probes, with their tasks, that some checkpoint or baseline could not answer."""
+    return list(dict.fromkeys(f"{row['task']} {row['probe']}" for row in rows if row["value"] is None))
+
+
 def read_rows(out: Path) -> list[Row]:
     """The rows of ``watch.jsonl``, [] before the first. Raises UserError where one is no row of it."""
-    path = out / ROWS
+    path = out / WATCHED
     if not path.is_file():
         return []
     try:
@@ -279,7 +288,7 @@ def _mean_of_means(values: Mapping[tuple[str, str, str], float]) -> float:
 
 
 def _write(out: Path, rows: list[Row], run: Path) -> None:
-    with atomic_path(out / ROWS) as temporary:
+    with atomic_path(out / WATCHED) as temporary:
         temporary.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows), encoding="utf-8")
     best = pick(rows)
     if best is None:

@@ -9,6 +9,7 @@ everyone else reads ``teacher.safetensors`` beside it.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -25,12 +26,14 @@ from eosin.ssl import distributed
 from eosin.ssl.rewind import Rewind
 
 if TYPE_CHECKING:
+    from torch.distributed.checkpoint import FileSystemWriter
+
     from eosin.ssl.network import StudentTeacher
 
 SCHEMA = 2
 TEACHER = "teacher.safetensors"
 ABOUT = "checkpoint.json"
-NEARLY_FULL = 64 << 20  # bytes left on a disk below which torch's errors are taken to be for want of space
+NEARLY_FULL = 64 << 20  # bytes left on a disk below which an error that says nothing is taken to be for want of space
 
 # One process that saves alone is what is meant; said from the thread that saves, so that no scope can silence it.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -92,7 +95,7 @@ def _left_behind_by(about: dict[str, Any], rewinds: Sequence[Rewind]) -> int:
 class Saver:
     """Saves checkpoints while the training goes on, one at a time. Every process has one and uses it alike.
 
-    Used as a context manager, it lets a checkpoint under way be completed before it leaves.
+    Used as a context manager, it lets a checkpoint under way be completed before it leaves, or removes it.
     """
 
     def __init__(
@@ -120,6 +123,9 @@ class Saver:
 
     def __exit__(self, *error: object) -> None:
         self.thread.shutdown()
+        # A run that ends for another reason, such as no room for its metrics either, does not wait for what failed.
+        if self.saving and self.failed() and distributed.rank() == 0:
+            shutil.rmtree(self._partial(self.saving[0]), ignore_errors=True)
 
     def save(self, step: int, model: StudentTeacher, optimizer: torch.optim.Optimizer) -> None:
         """Copy the state after ``step`` steps and begin to write it; wait for the one before first.
@@ -138,6 +144,7 @@ class Saver:
         state = async_save(
             _state(model, optimizer),
             checkpoint_id=partial,
+            storage_writer=_writer(partial),
             process_group=self.group,
             no_dist=self.group is None,
         )
@@ -152,13 +159,25 @@ class Saver:
         """Wait for the checkpoint under way. Raises UserError, on every process, when it could not be saved."""
         if self.saving is None:
             return
+        from torch.distributed.checkpoint.api import CheckpointException
+
         (step, result), self.saving = self.saving, None
         error = result.exception()
+        if isinstance(error, CheckpointException):
+            error = next(iter(error.failures.values()))[0]
         if not distributed.any_rank(error is not None):
             return
         if distributed.rank() == 0:
             shutil.rmtree(self._partial(step), ignore_errors=True)
-        raise self._complaint(step, error)
+        # Whichever process is the first to end says the reason, also of one that failed alone.
+        found = distributed.all_objects(None if error is None else self._reason(error))
+        why = next((reason for reason in found if reason), None)
+        if why is None:
+            raise error or UserError(f"step {step} cannot be saved in {self.folder}: another process says why")
+        raise UserError(
+            f"step {step} cannot be saved in {self.folder}: {why}; mend that and run the same command again: it goes "
+            "on from the checkpoint before"
+        )
 
     def _partial(self, step: int) -> Path:
         return self.folder / f".step-{step:08d}.partial"
@@ -183,21 +202,32 @@ class Saver:
                 # Renamed first, so that a kill leaves nothing that looks complete.
                 shutil.rmtree(old.rename(self._partial(step_of(old))))
 
-    def _complaint(self, step: int, error: BaseException | None) -> BaseException:
-        from torch.distributed.checkpoint.api import CheckpointException
+    def _reason(self, error: BaseException) -> str | None:
+        """Why a user's disk or folder refused a checkpoint, in a few words; None for what is a bug."""
+        if isinstance(error, OSError):
+            return os.strerror(error.errno) if error.errno else str(error)
+        if said := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors, which is Rust, says an OSError so
+            return os.strerror(int(said[1]))
+        return "no space" if shutil.disk_usage(self.folder.parent).free < NEARLY_FULL else None
 
-        if isinstance(error, CheckpointException):
-            error = next(iter(error.failures.values()))[0]
-        if error is None:
-            return UserError(f"step {step} cannot be saved in {self.folder}: another process says why")
-        full = shutil.disk_usage(self.folder.parent).free < NEARLY_FULL
-        if not full and not isinstance(error, OSError):
-            return error
-        why = "no space" if full else os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
-        return UserError(
-            f"step {step} cannot be saved in {self.folder}: {why}; mend that and run the same command again: it goes "
-            "on from the checkpoint before"
-        )
+
+def _writer(folder: Path) -> FileSystemWriter:
+    """torch's writer, but an error of the disk stays one.
+
+    torch's covers it with a RuntimeError about positions, and what that came from is lost between processes.
+    """
+    from torch.distributed.checkpoint import FileSystemWriter
+
+    class Writer(FileSystemWriter):
+        def write_data(self, *plan: Any) -> Any:
+            try:
+                return super().write_data(*plan)
+            except RuntimeError as error:
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
+
+    return Writer(folder)
 
 
 def resume(

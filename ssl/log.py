@@ -182,6 +182,7 @@ class Log:
                 self.said.add(name)
                 print(f"step {done}: {sentence}", file=sys.stderr)
                 self.events.add_text("health", sentence, done)
+        self.events.flush()  # a thread writes them: what it could not write is raised here, not at a later record
 
     def note_raw(self, batch: Batch, shards: Mixture, reason: torch.Tensor | None) -> None:
         """Keep which tiles stay without stain normalization, and why; they are counted when a record is written."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import gc
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -44,6 +46,7 @@ FREE = {
 }
 TERMS = ("dino", "ibot", "koleo", "kde")
 COLLECT_EVERY = 50  # steps
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -60,13 +63,19 @@ def train(config: Config, back: Rewind | None = None) -> int:
     Raises:
         UserError: for what the user can mend: no data, another run in the folder, a batch that does not divide.
     """
-    device = distributed.start(config.run.device)
-    try:
-        _refuse_other_run(config)
-        with _locked(Path(config.run.dir)), _stop_flag() as stop, _garbage_by_hand():
-            return _train(config, device, back, stop)
-    finally:
-        distributed.stop()
+    with _events_said_once():
+        device = distributed.start(config.run.device)
+        try:
+            _refuse_other_run(config)
+            with _locked(Path(config.run.dir)), _stop_flag() as stop, _garbage_by_hand():
+                return _train(config, device, back, stop)
+        except OSError as error:
+            # Python names a file that cannot be opened, but none that has no room: those of training are in one folder.
+            if error.errno in NO_ROOM and error.filename is None:
+                error.filename = config.run.dir
+            raise
+        finally:
+            distributed.stop()
 
 
 def _train(config: Config, device: torch.device, back: Rewind | None, stop: list[int]) -> int:
@@ -95,9 +104,10 @@ def _train(config: Config, device: torch.device, back: Rewind | None, stop: list
     monitor = Monitor(config, phases, normalization)
     if distributed.rank() == 0:
         # Only now, when all that can be refused has been, does the run exist, or is it rewound.
+        # Its settings come first: where the disk then is full, the folder is a run that the same command begins.
+        write_config(run / "config.yaml", config)
         save_description(run, normalization)
         write_seen(run, feed.trained_on(phases), config.model.init_from)
-        write_config(run / "config.yaml", config)
         if back:
             rewind.write(run, rewinds)
         if start:
@@ -255,6 +265,22 @@ def _garbage_by_hand() -> Iterator[None]:
     finally:
         gc.enable()
         gc.unfreeze()
+
+
+@contextlib.contextmanager
+def _events_said_once() -> Iterator[None]:
+    """No traceback of TensorBoard's thread: what it could not write is raised where a record is written."""
+    before = threading.excepthook
+
+    def say(failed: threading.ExceptHookArgs) -> None:
+        if not type(failed.thread).__module__.startswith("tensorboard."):
+            before(failed)
+
+    threading.excepthook = say
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

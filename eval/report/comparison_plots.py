@@ -67,7 +67,7 @@ def of_each(
     encoders = max(len(p.rows) for p in probes)
     height = max(1.6, classes * (0.16 * encoders + 0.16)) + 0.8
     with mpl.rc_context(STYLE):
-        figure, grid = _grid(len(probes), 2, height)
+        figure, grid = _grid(len(probes), min(2, len(probes)), height)
         for axes, probe in zip(grid, probes):
             least = 0.0
             for place, name in enumerate(names):

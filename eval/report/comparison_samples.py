@@ -168,10 +168,10 @@ def explained(points: np.ndarray, values: np.ndarray) -> float:
 
 
 def origins(tiles: Tiles, more: Sequence[str]) -> list[str]:
-    """Columns that say where tiles come from, and what else was asked, with two or more values and not too many."""
+    """Columns of two or more values that say where tiles come from, and of what else was asked those of few values."""
     there = [c for c in dict.fromkeys((*ORIGINS, *more)) if c in tiles.table.columns]
     counts = {c: len(set(tiles.column(c)) - {""}) for c in there}
-    return [c for c in there if 2 <= counts[c] <= MOST_VALUES]
+    return [c for c in there if counts[c] >= 2 and (c in ORIGINS or counts[c] <= MOST_VALUES)]
 
 
 def told_by(values: np.ndarray, labels: np.ndarray) -> float:

@@ -19,6 +19,7 @@ from eosin.eval.describe import subgroup_table
 from eosin.eval.report import comparison_plots, findings, sections
 from eosin.eval.report.comparison_pictures import Room, disputed_sheet, neighbor_sheet
 from eosin.eval.report.comparison_samples import (
+    MOST_VALUES,
     NEIGHBOR_ROWS,
     NEIGHBORS,
     PCA_ROWS,
@@ -126,7 +127,7 @@ def section(task: Task, anchor: str, room: Room, colors: dict[str, str]) -> tupl
         blocks += _gallery(room.keep(*[chart(comparison_plots.compact(d), a) for d, a in drawn]))
         blocks += _series(task, room, colors)
         blocks += _metrics(task)
-        blocks += _parts(task, room, colors)
+        blocks += _parts(task, room, colors, doubts)
         blocks += _classes(task, room, colors, doubts)
         blocks += _subgroups(task)
         blocks += _tiles(task, room, doubts)
@@ -183,7 +184,7 @@ def _metrics(task: Task) -> list[Block]:
     return blocks
 
 
-def _parts(task: Task, room: Room, colors: dict[str, str]) -> list[Block]:
+def _parts(task: Task, room: Room, colors: dict[str, str], doubts: list[str]) -> list[Block]:
     """What is compared, for each class of pixels or each target by itself, and the picture of a dense probe."""
     blocks: list[Block] = []
     for probe, result in task.shown:
@@ -196,6 +197,7 @@ def _parts(task: Task, room: Room, colors: dict[str, str]) -> list[Block]:
         said = f"{title_of(probe.primary)} of each {each} by each encoder"
         drawn = chart(comparison_plots.of_each([probe], colors, names, probe.primary, of), said)
         blocks += [Heading(f"{probe.title}: each {each}"), *_gallery(room.keep(drawn))]
+        blocks += _counts(probe, doubts, "pixel") if not targets else []
         if dense and (image := cv2.imread(str(sheet_path(result.path)))) is not None:
             alt = "tiles, what is true of them, and what the probe of each encoder tells"
             blocks += _gallery(room.keep(photo(image[..., ::-1], alt, alt.capitalize())))
@@ -207,7 +209,7 @@ def _classes(task: Task, room: Room, colors: dict[str, str], doubts: list[str]) 
     found = [(p, r) for p, r in task.shown if p.data.get("classes") and "predicted" in r.predictions]
     if not found:
         return []
-    blocks: list[Block] = [Heading("Classes"), *_counts(found[0][0], doubts)]
+    blocks: list[Block] = [Heading("Classes"), *_counts(found[0][0], doubts, found[0][0].data.get("unit", "sample"))]
     detailed = [
         p for p, _ in found if all("recall" in c for row in p.rows for c in row.get("classes", {"": {}}).values())
     ]
@@ -227,22 +229,24 @@ def _classes(task: Task, room: Room, colors: dict[str, str], doubts: list[str]) 
     return blocks
 
 
-def _counts(probe: Probe, doubts: list[str]) -> list[Block]:
+def _counts(probe: Probe, doubts: list[str], unit: str) -> list[Block]:
+    """How many of each class there are, and a warning where that is uneven."""
     counts = dict(zip(probe.data["classes"], probe.data.get("class_counts", [])))
     if not counts:
         return []
     total = sum(counts.values())
     rows = [[str(c), f"{n:,}", f"{100 * n / max(total, 1):.1f} %"] for c, n in counts.items()]
-    blocks: list[Block] = [Table(["Class", f"{probe.data.get('unit', 'sample')}s", "share"], rows)]
+    blocks: list[Block] = [Table(["Class", f"{unit}s", "share"], rows)]
     most, least = max(counts, key=lambda c: counts[c]), min(counts, key=lambda c: counts[c])
     if counts[most] > UNEVEN * counts[least]:
         how = f"{counts[most] / counts[least]:.1f} times as many as" if counts[least] else "many, and none of"
         doubts.append(f"classes are uneven: '{most}' has {how} '{least}'.")
         best = probe.best()["metrics"]
-        both = [f"{title_of(m)} {interval(best[m])}" for m in ("accuracy", "balanced_accuracy") if best.get(m)]
+        shares = ("accuracy", "pixel_accuracy", probe.primary)
+        both = [f"{title_of(m)} {interval(best[m])}" for m in shares if best.get(m)]
         said = (
             f"Classes are uneven: '{most}' has {how} '{least}'. Accuracy rewards naming the large ones "
-            f"({number(counts[most] / total)} by naming '{most}' always), so balanced accuracy is what to read"
+            f"({number(counts[most] / total)} by naming '{most}' always), so {title_of(probe.primary)} is what to read"
         )
         blocks.append(Words([f"{said}; the highest row has {' and '.join(both)}." if both else f"{said}."], "warning"))
     return blocks
@@ -372,12 +376,13 @@ def _components(tiles: Tiles, places: Sequence[str], room: Room) -> list[Block]:
     values = {"class": np.array(tiles.classes)[tiles.labels[rows]]}
     values |= {c: tiles.column(c)[rows] for c in places} if places else {"group": tiles.groups[rows]}
     panels, table = [], []
+    drawn = [what for what, found in values.items() if len(np.unique(found)) <= MOST_VALUES][:2]
     for name, features in tiles.encoders:
         points, shares = principal(features[rows])
         told = {what: explained(points, v) for what, v in values.items()}
         panels += [
-            comparison_plots.Scatter(f"{comparison_plots.short(name, 20)}, by {what}", points, v)
-            for what, v in list(values.items())[:2]
+            comparison_plots.Scatter(f"{comparison_plots.short(name, 20)}, by {what}", points, values[what])
+            for what in drawn
         ]
         table.append([name, number(float(shares.sum())), *(number(t) for t in told.values())])
     head = ["Encoder", "Variance in the plane", *(f"of it between values of {w}" for w in values)]
@@ -387,12 +392,12 @@ def _components(tiles: Tiles, places: Sequence[str], room: Room) -> list[Block]:
         if places
         else "Groups that lie within classes hold their share too: what theirs has beyond it tells groups apart."
     )
-    drawn = chart(comparison_plots.components(panels, 4), "the first two principal components of each encoder")
+    planes = chart(comparison_plots.components(panels, 4), "the first two principal components of each encoder")
     lead = f"The first two principal components of {len(rows):,} tiles."
     return [
         Heading("What spreads the features"),
         Words([lead]),
-        *_gallery(room.keep(drawn)),
+        *_gallery(room.keep(planes)),
         Table(head, table, caption),
     ]
 

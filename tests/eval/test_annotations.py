@@ -264,7 +264,7 @@ def test_files_that_do_not_fit_are_refused_in_one_line(tmp_path):
     path.unlink()
     (tmp_path / "s.xml").unlink()
     Image.fromarray(np.ones((50, 50), np.uint8)).save(tmp_path / "s.png")
-    assert "50 x 50 pixels, another aspect ratio than the 400 x 100" in refusal(tmp_path, places())
+    assert "50 x 50 pixels, another shape than what it is of (400 x 100)" in refusal(tmp_path, places())
     assert "the width and height of slide 's', for s.png, are not known" in refusal(
         tmp_path, places(size=(np.nan, np.nan))
     )

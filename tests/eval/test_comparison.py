@@ -268,6 +268,37 @@ def test_uneven_classes_are_said(write, cohort, tmp_path):
     assert "normal 160 76.9 % tumor 48 23.1 %" in text
 
 
+def test_many_sites_that_give_the_class_away_are_said(write, cohort, tmp_path):
+    features, columns = cohort(3.0)
+    # Each patient at a site of its own: more than a plot tells apart, and each of one class.
+    done = study(write, tmp_path, features, columns | {"site": [f"h{p}" for p in columns["patient"]]})
+    page = page_of(tmp_path, done)
+    assert "who knows nothing of a tile but its 'site' names its class with a balanced accuracy of 1.00" in page.text
+    assert page.row("study-e")  # the page is whole
+
+
+def test_uneven_classes_of_pixels_are_said(tmp_path):
+    table = pd.DataFrame({"encoder": ["a"], "key": ["t"], "group": ["p"], "fold": [0]})
+    each = {"value": 0.5, "low": 0.4, "high": 0.6}
+    row = {"name": "a", "encoder": "a", "variant": "", "fingerprint": {"name": "a"}, "details": {}}
+    row |= {"metrics": {"dice": each, "iou": each, "pixel_accuracy": each}}
+    row |= {"classes": {name: {"n": 1, "clusters": 1, "dice": each} for name in ("stroma", "nucleus")}}
+    results = {
+        "protocol": "dense-linear",
+        "parameters": {"patches": 9, "seed": 0},
+        "primary": "dice",
+        "masks": "masks",
+        **{"label": "masks", "group": "patient", "unit": "tile", "n": 1, "groups": 1, "left_out": {}},
+        **{"classes": ["stroma", "nucleus"], "class_counts": [900, 100], "chance": {"dice": 0.5}},
+        **{"encoders": [row], "comparisons": [], "verdict": [], "notes": []},
+    }
+    write_results(tmp_path / "dense.json", results, table)
+    text = page_of(tmp_path, TaskDone("nuclei", "", None, [], [tmp_path / "dense.json"], [])).text
+    assert "stroma 900 90.0 % nucleus 100 10.0 %" in text
+    assert "'stroma' has 9.0 times as many as 'nucleus'" in text
+    assert "so Dice is what to read" in text
+
+
 def test_a_leak_is_refused_or_allowed_in_sight(write, cohort, tmp_path, capsys):
     features, columns = cohort(3.0)
     columns["box"] = [f"b{i % 20}" for i in range(320)]

@@ -132,7 +132,7 @@ def test_nothing_that_leads_out_of_an_hdf5_file_is_read(cohort):
     with h5py.File(file, "a") as archive:
         del archive["features"]
         archive["features"] = h5py.ExternalLink(str(folder / "uni" / "b 2.h5"), "features")
-    with pytest.raises(UserError, match="holds no features"):
+    with pytest.raises(UserError, match="its features lie elsewhere, behind a link"):
         import_features(file, folder / "f.safetensors")
 
 

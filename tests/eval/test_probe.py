@@ -322,6 +322,10 @@ def test_subgroups_are_those_samples_alone(write, cohort, tmp_path):
     said = describe(results)
     assert "By site, fewer than 10 clusters: not given (1), small (5)" in said
     assert f"not given has no '{table[None]['lacks'][0]}'" in said
+    # Of 40 patients, each a cluster of one class, a few are named.
+    notes = " ".join(ask([path], tmp_path / "p.json", by=("patient",))[0]["notes"])
+    assert "p15 (1), and 32 more; intervals are too narrow" in notes
+    assert notes.count(" has no '") == 8
 
 
 def test_the_bootstrap_draws_what_it_is_told_to(write, cohort, tmp_path):

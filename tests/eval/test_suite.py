@@ -16,7 +16,7 @@ from eosin.data_tools.errors import UserError
 from eosin.data_tools.results import read_results
 from eosin.data_tools.shards import ShardSet
 from eosin.eval import suite as suites
-from eosin.eval.suite import find_data, held
+from eosin.eval.suite import COMPARED, WATCHED, find_data, held
 from eosin.eval.suite_file import load_suite
 from eosin.launch.cli import main
 
@@ -59,7 +59,7 @@ def run(tmp_path, capsys, monkeypatch):
 
 def answers(results):
     """Every result's content and its time of writing, by its path."""
-    found = [path for path in (results / "results").rglob("*.json") if not path.name.endswith(".asked.json")]
+    found = [path for path in (results / "results").glob("*/*.json") if not path.name.endswith(".asked.json")]
     return {p.relative_to(results / "results").as_posix(): (p.read_text(), p.stat().st_mtime_ns) for p in found}
 
 
@@ -206,10 +206,17 @@ def test_a_mistake_in_one_task_is_listed_and_the_others_go_on(suite, run, tmp_pa
     assert "would stand on both sides of a split" in (tmp_path / "results/index.html").read_text()
 
 
-def test_what_is_refused_now_leaves_no_earlier_answer(suite, run, tmp_path):
+def test_what_is_refused_now_leaves_no_earlier_answer_in_sight(suite, run, tmp_path):
     assert run(suite(a={}), encoders=("color",))[0] == 0
+    first = answers(tmp_path / "results")
     assert run(suite(a={"label": "stain"}), encoders=("color",))[0] == 3
-    assert list((tmp_path / "results/results/a").iterdir()) == []
+    assert [path.name for path in (tmp_path / "results/results/a").iterdir()] == [".earlier"]
+    # Asked again, the earlier answer is back and nothing is computed.
+    assert run(suite(a={}), encoders=("color",))[0] == 0
+    assert answers(tmp_path / "results") == first
+    assert run(suite(a={"label": "stain"}), encoders=("color",))[0] == 3
+    assert run(suite(a={"folds": 3}), encoders=("color",))[0] == 0  # another question is not answered by it
+    assert json.loads(answers(tmp_path / "results")["a/knn.json"][0])["parameters"]["folds"] == 3
 
 
 def test_embeddings_that_exist_need_no_encoders(suite, run, write, cohort):
@@ -308,7 +315,7 @@ def test_public_data_is_packed_once_and_what_has_no_path_is_skipped(suite, run, 
     place = blood(tmp_path / "PBC_dataset_normal_DIB")
     code, _, said = run(path, "--data", f"pbc={place}", encoders=("color",))
     assert code == 0
-    assert "skipped: lungs, its data has no path: Download LC25000.zip" in said
+    assert "skipped: lungs, its data has no path; give --data lc25000=PATH: Download LC25000.zip" in said
     figures, _ = read_results(tmp_path / "results/results/cells/knn.json")
     assert (figures["label"], figures["group"], figures["n"]) == ("label", "id_block", 24)
     assert figures["encoders"][0]["metrics"]["balanced_accuracy"]["value"] == 1.0  # as color tells them apart
@@ -380,12 +387,18 @@ def test_a_folder_of_something_else_or_in_use_is_refused(suite, tmp_path):
     asked = load_suite(str(suite(a={})))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "letter.txt").write_text("dear")
-    with pytest.raises(UserError, match="holds no suite's results"), held(tmp_path / "other", asked):
+    with pytest.raises(UserError, match="holds no suite's results"), held(tmp_path / "other", asked, WATCHED):
         pass
-    with held(tmp_path / "mine", asked):
-        with pytest.raises(UserError, match="another process works on"), held(tmp_path / "mine", asked):
+    with held(tmp_path / "mine", asked, WATCHED):
+        with pytest.raises(UserError, match="another process works on"), held(tmp_path / "mine", asked, WATCHED):
             pass
         assert load_suite(str(tmp_path / "mine/suite.yaml")) == asked
+    for name, other in ((WATCHED, COMPARED), (COMPARED, WATCHED)):
+        (tmp_path / "mine" / name).touch()
+        with pytest.raises(UserError, match=f"holds .*{name}"), held(tmp_path / "mine", asked, name):
+            pass
+        with held(tmp_path / "mine", asked, other):
+            (tmp_path / "mine" / name).unlink()
 
 
 def test_data_by_a_name_of_the_users_own(suite, tiny_shards, tmp_path):

@@ -68,7 +68,9 @@ def test_each_checkpoint_is_evaluated_as_the_single_commands_do(suite, run, tiny
     assert best["value"] == pytest.approx(means[best["step"]])
     beside = {name: np.mean([row["value"] for row in rows if row["teacher"] == name]) for name in ("color", "random")}
     assert best["baselines"] == pytest.approx(beside)
-    assert f"color alone {beside['color']:.4f}; random weights {beside['random']:.4f}" in best["why"]
+    for name, called in (("color", "color alone"), ("random", "random weights")):
+        above = ", above every checkpoint" if beside[name] > best["value"] else ""
+        assert f"; {called} {beside[name]:.4f}{above}; " in best["why"]
     assert "every sample was scored (kfold), so all data of it counts as validation" in best["why"]
     assert Image.open(out / "watch.png").width > 500
     assert not (out / "working").exists()
@@ -138,6 +140,17 @@ def test_a_checkpoint_whose_features_are_broken_is_listed_and_never_picked(suite
     assert watch(load_suite(str(suite())), run, {}, tmp_path / "out")["step"] == 6
     last = rows_of(tmp_path / "out")[-1]
     assert (last["step"], last["value"], last["refused"]) == (8, None, "features are not finite")
+
+
+def test_a_probe_that_is_refused_is_named_and_the_exit_code_says_so(suite, run, tmp_path, capsys):
+    path = suite(probes=[{"knn": {"k": [3]}}, {"fewshot": {"shots": [500]}}])
+    assert main(["eval", "suite", str(path), "--watch", str(run), "--out", str(tmp_path / "out")]) == 3
+    printed = capsys.readouterr()
+    assert "not answered, and not in the mean: watched fewshot" in printed.out
+    assert "not answered: watched fewshot; the reasons are in" in printed.err
+    best = json.loads((tmp_path / "out/best.json").read_text())
+    knn = {str(row["step"]): row["value"] for row in rows_of(tmp_path / "out") if row["probe"] == "knn" and row["step"]}
+    assert best["means"] == pytest.approx(knn)
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])

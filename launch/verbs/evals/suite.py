@@ -67,7 +67,8 @@ def _run(args: argparse.Namespace) -> int:
     from eosin.eval.suite_file import load_suite
 
     device = str(pick_device(args.device))
-    outcome = run_suite(load_suite(args.suite), args.encoders, _data(args.data), args.out, device, args.batch_size)
+    suite = load_suite(args.suite)
+    outcome = run_suite(suite, args.encoders, _data(args.data), args.out, device, args.batch_size)
     rows = table(outcome.tasks)
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
@@ -76,7 +77,8 @@ def _run(args: argparse.Namespace) -> int:
         for said in task.refusals:
             print(f"{task.name}: {said}", file=sys.stderr)
     for name, get in outcome.skipped:
-        print(f"skipped: {name}, its data has no path: {get}", file=sys.stderr)
+        how = f"give --data {suite.tasks[name].data}=PATH"
+        print(f"skipped: {name}, its data has no path; {how}: {get}", file=sys.stderr)
     for path, count in outcome.left_out.items():
         print(f"left out: {count} tiles, listed beside {path}", file=sys.stderr)
     print(args.out / "index.html")
@@ -84,16 +86,20 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _watch(args: argparse.Namespace) -> int:
-    from eosin.data_tools.errors import DONE
+    from eosin.data_tools.errors import DONE, DONE_WITH_REFUSALS
     from eosin.eval.encoders import pick_device
+    from eosin.eval.suite import WATCHED
     from eosin.eval.suite_file import load_suite
-    from eosin.eval.watch import watch
+    from eosin.eval.watch import read_rows, unanswered, watch
 
     suite, device = load_suite(args.suite), str(pick_device(args.device))
     data = _data(args.data)
     best = watch(suite, args.watch, data, args.out, device, args.batch_size, args.every, args.once)
     print(f"picked: step {best['step']}: {best['why']}" if best else "no checkpoint can be picked yet")
-    return DONE
+    missing = unanswered(read_rows(args.out))
+    for probe in missing:
+        print(f"not answered: {probe}; the reasons are in {args.out / WATCHED}", file=sys.stderr)
+    return DONE_WITH_REFUSALS if missing else DONE
 
 
 def _data(given: list[str]) -> dict[str, Path]:
