@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,7 @@ def embed(encoder: Encoder, shards: ShardSet, out: Path, batch_size: int | None 
 
     size = batch_size or fitting_batch(encoder.device, encode, shards.tile_size)
 
-    def make(numbers: list[int], done: list[Path]) -> Iterator[tuple[int, Part]]:
+    def make(numbers: list[int], done: list[Path]) -> Generator[tuple[int, Part], None, None]:
         before = sum(len(read_part(path).refused) for path in done)
         return _parts(encoder.name, encode, shards, numbers, size, before)
 
@@ -136,7 +137,7 @@ def _parts(
     numbers: list[int],
     batch_size: int,
     refused_before: int,
-) -> Iterator[tuple[int, Part]]:
+) -> Generator[tuple[int, Part], None, None]:
     """The parts with these numbers; batches are cut within parts, so that a part depends on nothing else."""
     bounds = {number: (number * PART, min((number + 1) * PART, len(shards))) for number in numbers}
     cuts = [
@@ -144,25 +145,27 @@ def _parts(
         for first, end in bounds.values()
         for begin in range(first, end, batch_size)
     ]
-    batches = progress(_decoded(shards, cuts), total=len(cuts), desc=f"embed {name}", unit="batches")
-    looked_at = 0
-    for number, (first, end) in bounds.items():
-        part = Part(np.empty((0, 0), dtype=np.float32), {"tile": []})
-        rows = []
-        for tiles, images, bad in itertools.islice(batches, -(-(end - first) // batch_size)):
-            looked_at += len(tiles) + len(bad)
-            part.refused += [(shards.meta(tile)["key"], reason) for tile, reason in bad]
-            _refuse_many(refused_before + len(part.refused), part.refused, looked_at, shards)
-            if len(tiles):
-                features, raw = encode(images, shards.rows(tiles)["slide"].astype(np.int64))
-                rows.append(features)
-                part.columns["tile"] += tiles.tolist()
-                part.raw += raw
-        if rows:
-            part.features = np.concatenate(rows)
-        refused_before += len(part.refused)
-        yield number, part
-    next(batches, None)  # lets its threads go
+    # Closed here, where an error is raised: a thread that is being born must not be the one to clear it away.
+    with closing(_decoded(shards, cuts)) as decoded:
+        batches = progress(decoded, total=len(cuts), desc=f"embed {name}", unit="batches")
+        looked_at = 0
+        for number, (first, end) in bounds.items():
+            part = Part(np.empty((0, 0), dtype=np.float32), {"tile": []})
+            rows = []
+            for tiles, images, bad in itertools.islice(batches, -(-(end - first) // batch_size)):
+                looked_at += len(tiles) + len(bad)
+                part.refused += [(shards.meta(tile)["key"], reason) for tile, reason in bad]
+                _refuse_many(refused_before + len(part.refused), part.refused, looked_at, shards)
+                if len(tiles):
+                    features, raw = encode(images, shards.rows(tiles)["slide"].astype(np.int64))
+                    rows.append(features)
+                    part.columns["tile"] += tiles.tolist()
+                    part.raw += raw
+            if rows:
+                part.features = np.concatenate(rows)
+            refused_before += len(part.refused)
+            yield number, part
+        next(batches, None)  # lets progress say that all is done
 
 
 def _refuse_many(count: int, last: list[tuple[str, str]], looked_at: int, shards: ShardSet) -> None:
@@ -177,7 +180,7 @@ def _refuse_many(count: int, last: list[tuple[str, str]], looked_at: int, shards
 
 def _decoded(
     shards: ShardSet, cuts: list[np.ndarray]
-) -> Iterator[tuple[np.ndarray, np.ndarray, list[tuple[int, str]]]]:
+) -> Generator[tuple[np.ndarray, np.ndarray, list[tuple[int, str]]], None, None]:
     """Tile numbers [b], images [b, T, T, 3] and refusals of each batch of tiles, in order, decoded a little ahead."""
     with ThreadPoolExecutor(THREADS) as pool:
 

@@ -16,8 +16,8 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,7 +100,7 @@ def in_parts(
     out: Path,
     fingerprint: dict[str, Any],
     count: int,
-    make: Callable[[list[int], list[Path]], Iterator[tuple[int, Part]]],
+    make: Callable[[list[int], list[Path]], Generator[tuple[int, Part], None, None]],
     join: Callable[[list[Part]], pd.DataFrame],
 ) -> Summary:
     """Make ``count`` parts and join them to ``out``; the reasons of what was refused go beside it. All ranks call this.
@@ -118,8 +118,9 @@ def in_parts(
         mine = range(distributed.rank(), count, distributed.ranks())
         done = [number for number in mine if paths[number].exists()]
         try:
-            for number, part in make(sorted(set(mine) - set(done)), [paths[number] for number in done]):
-                _write(paths[number], part)
+            with closing(make(sorted(set(mine) - set(done)), [paths[number] for number in done])) as made:
+                for number, part in made:
+                    _write(paths[number], part)
         except UserError as error:
             if not any(path.exists() for path in paths):
                 raise

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
@@ -85,14 +85,14 @@ def embed_slides(
     size = batch_size or fitting_batch(encoder.device, partial(features_of, encoder, normalizer), tile_size)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
-    def make(numbers: list[int], done: list[Path]) -> Iterator[tuple[int, Part]]:
+    def make(numbers: list[int], done: list[Path]) -> Generator[tuple[int, Part], None, None]:
         mine = [jobs[number] for number in numbers]
-        slides = _slides(mine, settings, mpp_override, convention, workers or max(1, cores() // here))
         total = len(numbers) + len(done)
-        shown = progress(slides, total=total, start=len(done), desc=f"embed {encoder.name}", unit="slides")
-        for job, found, reads in shown:
-            encode = partial(features_of, encoder, _of_slide(normalizer, job, found.fit))
-            yield job.row, _part(job, found, reads, settings, size, encode)
+        with closing(_slides(mine, settings, mpp_override, convention, workers or max(1, cores() // here))) as slides:
+            shown = progress(slides, total=total, start=len(done), desc=f"embed {encoder.name}", unit="slides")
+            for job, found, reads in shown:
+                encode = partial(features_of, encoder, _of_slide(normalizer, job, found.fit))
+                yield job.row, _part(job, found, reads, settings, size, encode)
 
     def join(parts: list[Part]) -> pd.DataFrame:
         return _table(jobs, parts, encoder, settings.tile_size)
@@ -110,7 +110,7 @@ def _data_fingerprint(settings: Settings, mpp_override: float | None, given: dic
 
 def _slides(
     jobs: list[Job], settings: Settings, mpp_override: float | None, convention: str | None, workers: int
-) -> Iterator[tuple[Job, Look, Iterator[tuple[Piece, Read | str]]]]:
+) -> Generator[tuple[Job, Look, Iterator[tuple[Piece, Read | str]]], None, None]:
     """Each slide as its thumbnail shows it, and its tiles piece by piece, which must all be taken."""
     looking = partial(look, settings=settings, mpp_override=mpp_override, convention=convention)
     reading = partial(read, settings=settings, mpp_override=mpp_override)

@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 
@@ -189,8 +190,12 @@ def test_an_error_late_in_the_work_keeps_what_is_finished(shards, tmp_path, monk
     monkeypatch.setattr(module, "PART", 10)
     spoil(shards, [1, 22, 23, 24])
     out = tmp_path / "e.safetensors"
-    with pytest.raises(UserError, match=r"4 tiles of .* of 28 that were looked at.*finished parts are kept in"):
+    before = set(threading.enumerate())
+    with pytest.raises(UserError, match=r"4 tiles of .* of 28 that were looked at.*finished parts are kept in") as kept:
         embed(load_encoder("color"), ShardSet(shards), out, 4)
+    # The error that is kept holds no threads: whichever thread cleared it away later could wait for itself.
+    assert set(threading.enumerate()) <= before
+    assert kept.tb is not None
     assert len(list((tmp_path / "e.safetensors.unfinished").glob("part-*"))) == 2
     # Refusals of parts that were finished before count too.
     with pytest.raises(UserError, match=r"4 tiles of .* of 8 that were looked at"):
