@@ -64,7 +64,7 @@ def test_raw_features_far_from_zero_and_balanced_weights():
     (fit,) = logistic_path(features, labels, [0.5], sample_weights=balanced_weights(labels))
     oracle = LogisticRegression(C=0.5, class_weight="balanced", tol=1e-7, max_iter=50_000)
     oracle.fit(features.astype(np.float64), labels)
-    np.testing.assert_allclose(fit.probabilities(features), oracle.predict_proba(features), atol=1e-4)
+    np.testing.assert_allclose(fit.probabilities(features), oracle.predict_proba(features), atol=5e-4)
     np.testing.assert_allclose(fit.weights - fit.weights.mean(1, keepdims=True), oracle.coef_.T, atol=1e-3)
 
 
